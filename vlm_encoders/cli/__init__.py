@@ -1,0 +1,1 @@
+"""The command `vlm-encoders`, one sub-command a file."""

@@ -1,0 +1,1 @@
+"""The model: encoder, connector and LLM joined, its stages, its samples, its checkpoints."""

@@ -1,0 +1,248 @@
+"""An encoder, a connector and any Hugging Face causal LM as one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from vlm_encoders.encoder import Encoder
+
+from connectors.base import Connector
+from connectors.errors import TokenShapeError, VlmError
+from connectors.tokens import TokenSpec
+from vlm_encoders.tiling.layout import TileLayout
+from vlm_encoders.tiling.plan import TilePlan
+from vlm_encoders.vlm.describe import PartReport, describe_parts
+from vlm_encoders.vlm.placeholders import fill_placeholders
+from vlm_encoders.vlm.stages import Part, StagePolicy, frozen_modules, trained_blocks
+
+__all__ = ["VLMOutput", "VisionLanguageModel"]
+
+
+@dataclass(frozen=True)
+class VLMOutput:
+    """What a forward pass gives.
+
+    Attributes:
+        loss: mean cross-entropy over the supervised tokens, fp32; None without labels.
+        logits: (B, T, vocabulary) without labels; with labels only those that predict
+            a supervised token, (supervised, vocabulary), in the order of the batch.
+        num_supervised: supervised tokens of the batch; 0 without labels.
+    """
+
+    loss: Tensor | None
+    logits: Tensor
+    num_supervised: int
+
+
+class VisionLanguageModel(nn.Module):
+    """A LLaVA-style model of three parts, each usable by itself.
+
+    Args:
+        encoder: an `Encoder`, from `create_encoder` or your own.
+        connector: a `Connector` from the encoder's width to the LLM's.
+        llm: a Hugging Face causal LM.
+        image_token_id: the id that stands at image places, as in `VLMProcessor.image_token_id`;
+            it may lie outside the LLM's vocabulary.
+        layout: how tiles become one sequence; None for one view an image.
+
+    Raises:
+        TokenShapeError: the connector cannot take the encoder's tokens, or does not
+            end at the LLM's width, or cannot be laid out.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        connector: Connector,
+        llm: nn.Module,
+        *,
+        image_token_id: int,
+        layout: TileLayout | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.connector = connector
+        self.llm = llm
+        self.image_token_id = image_token_id
+        self.layout = layout or TileLayout(unpad=False, newline=False)
+        self.stage: StagePolicy | None = None
+        self.trained: set[Part] = set()
+        self.token_spec = self._checked_spec()
+        self.newline: nn.Parameter | None = None
+        if self.layout.newline:
+            width = self.token_spec.dim
+            # The released models draw it so: arXiv 2310.03744's code, image_newline.
+            self.newline = nn.Parameter(torch.randn(width) / width**0.5)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the LLM."""
+        return self._embedding.weight.device
+
+    @property
+    def _embedding(self) -> nn.Embedding:
+        embedding: nn.Embedding = self.llm.get_input_embeddings()  # type: ignore[operator]
+        return embedding
+
+    def embed_images(self, pixel_values: Tensor, plans: Sequence[TilePlan] | None = None) -> list[Tensor]:
+        """Turn the views of a batch into image embeddings, each view encoded once.
+
+        Args:
+            pixel_values: (V, 3, S, S), the views of all images in order.
+            plans: how each image was cut; None when each view is an image.
+
+        Returns:
+            One (n, H) tensor an image.
+
+        Raises:
+            VlmError: the plans do not add up to V views.
+        """
+        visual = self.connector(self.encoder(pixel_values.to(self._encoder_dtype)))
+        if plans is None:
+            return list(visual.tokens)
+        views = sum(plan.num_views for plan in plans)
+        if views != pixel_values.shape[0]:
+            raise VlmError(f"the plans cut {views} views, {pixel_values.shape[0]} came; pass plans and pixels together")
+        return self.layout.arrange(visual, plans, self.newline)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        plans: Sequence[TilePlan] | None = None,
+    ) -> VLMOutput:
+        """Predict the next token at each place, or the loss on the labels.
+
+        With labels, logits are computed where a supervised token is predicted and
+        nowhere else: the same loss at a fraction of the time and memory.
+
+        Args:
+            input_ids: (B, T), image places expanded.
+            attention_mask: (B, T), 1 at real tokens; None for no padding.
+            labels: (B, T), ids at supervised places and -100 elsewhere.
+            pixel_values: (V, 3, S, S), or None for text alone.
+            plans: how each image was cut; None when each view is an image.
+
+        Raises:
+            VlmError: the image places and the images do not agree, or nothing is supervised.
+        """
+        embeds = self._embed(input_ids, pixel_values, plans)
+        if labels is None:
+            logits: Tensor = self.llm(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False).logits
+            return VLMOutput(None, logits, 0)
+        predicts = torch.zeros_like(labels, dtype=torch.bool)
+        predicts[:, :-1] = labels[:, 1:] != -100
+        targets = labels[:, 1:][predicts[:, :-1]]
+        if targets.numel() == 0:
+            raise VlmError("the batch has no supervised token, so no loss; check that the samples hold answers")
+        if attention_mask is not None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
+            # Causal attention never looks at padding on the right, and without a mask takes its fast path.
+            attention_mask = None
+        logits = self._logits_at(predicts, embeds, attention_mask)
+        return VLMOutput(F.cross_entropy(logits.float(), targets), logits, targets.numel())
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        plans: Sequence[TilePlan] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Continue the text; each image is encoded once, whatever the beams.
+
+        Args:
+            input_ids: (B, T), padded on the left.
+            attention_mask: (B, T), 1 at real tokens; None for no padding.
+            pixel_values: (V, 3, S, S), or None for text alone.
+            plans: how each image was cut; None when each view is an image.
+            **options: those of transformers' `generate`: max_new_tokens, do_sample, num_beams, ...
+
+        Returns:
+            (B, new tokens): the new ids alone.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        embeds = self._embed(input_ids, pixel_values, plans)
+        ids: Tensor = self.llm.generate(inputs_embeds=embeds, attention_mask=attention_mask, **options)  # type: ignore[operator]
+        return ids
+
+    def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002
+        """Set the mode of what the stage trains; what it froze stays in eval."""
+        super().train(mode)
+        if mode and self.stage is not None:
+            for module in frozen_modules(self, self.stage):
+                module.eval()
+            for block in trained_blocks(self, self.stage):
+                block.train()
+        return self
+
+    def part_module(self, part: Part) -> nn.Module:
+        """Give the module of a part."""
+        modules: dict[Part, nn.Module] = {"encoder": self.encoder, "connector": self.connector, "llm": self.llm}
+        return modules[part]
+
+    def part_parameters(self, part: Part) -> Iterator[tuple[str, nn.Parameter]]:
+        """Give the named parameters of a part; the newline vector is the connector's."""
+        yield from self.part_module(part).named_parameters(prefix=part)
+        if part == "connector" and self.newline is not None:
+            yield "newline", self.newline
+
+    def describe(self) -> list[PartReport]:
+        """Say what each part is, what of it trains, and what leaves it for one view."""
+        return describe_parts(self)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save the model; see `vlm_encoders.vlm.checkpoint.save_model`."""
+        from vlm_encoders.vlm.checkpoint import save_model
+
+        save_model(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> VisionLanguageModel:
+        """Load a saved model; see `vlm_encoders.vlm.checkpoint.load_model`."""
+        from vlm_encoders.vlm.checkpoint import load_model
+
+        return load_model(Path(folder), **options)
+
+    @property
+    def _encoder_dtype(self) -> torch.dtype:
+        return next(self.encoder.parameters()).dtype
+
+    def _checked_spec(self) -> TokenSpec:
+        spec = self.connector.out_spec(self.encoder.token_spec)
+        width = self._embedding.embedding_dim
+        if spec.dim != width:
+            raise TokenShapeError(f"the connector ends at width {spec.dim}, the LLM takes {width}; end it with mlp")
+        self.layout.check(spec)
+        return spec
+
+    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None, plans: Sequence[TilePlan] | None) -> Tensor:
+        places = input_ids == self.image_token_id
+        # The image token may lie outside the vocabulary, so its row is never looked up.
+        text: Tensor = self._embedding(input_ids.masked_fill(places, 0))
+        images = None if pixel_values is None else torch.cat(self.embed_images(pixel_values, plans))
+        return fill_placeholders(text, images, places)
+
+    def _logits_at(self, places: Tensor, embeds: Tensor, attention_mask: Tensor | None) -> Tensor:
+        head: nn.Module = self.llm.get_output_embeddings()  # type: ignore[operator]
+
+        def keep_places(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (args[0][places][None], *args[1:])
+
+        # The LLM's own forward calls its head, so that scaled or soft-capped logits stay its own.
+        handle = head.register_forward_pre_hook(keep_places)
+        try:
+            logits: Tensor = self.llm(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False).logits
+        finally:
+            handle.remove()
+        return logits[0]
