@@ -64,3 +64,8 @@ def __getattr__(name: str) -> object:
     if name not in _MODULE:
         raise AttributeError(f"module 'connectors' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULE[name]), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, imported or not, for completion."""
+    return __all__

@@ -67,7 +67,8 @@ class Attention(nn.Module):
         return out
 
     def _split(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        batch, length, width = tokens.shape
+        return tokens.view(batch, length, width // self.head_dim, self.head_dim).transpose(1, 2)
 
 
 class RMSNorm(nn.Module):
@@ -92,7 +93,8 @@ class RMSNorm(nn.Module):
         """Map each token alone."""
         wide = tokens.float()
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(tokens.dtype)
+        out: Tensor = self.weight * normed.to(tokens.dtype)
+        return out
 
 
 def init_transformer(module: nn.Module) -> None:

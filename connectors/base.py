@@ -14,7 +14,7 @@ from connectors.errors import TokenShapeError, VlmError
 from connectors.registry import Registry
 from connectors.tokens import Grid, PackedTokens, TokenSpec, VisualTokens
 
-__all__ = ["CONNECTORS", "Chain", "Connector", "Option", "list_connectors", "register_connector"]
+__all__ = ["CONNECTORS", "Chain", "Connector", "Option", "list_connectors", "register_connector", "require_positive"]
 
 Option: TypeAlias = int | float | bool | str | Grid
 """A value that a recipe can write: `factor=2`, `activation=gelu`, `grid=8x8`."""
@@ -34,6 +34,11 @@ class Connector(nn.Module, ABC):
     name: ClassVar[str] = ""
     """The registered name, set by `register_connector`."""
 
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Keep a subclass of a registered connector from passing for its parent."""
+        super().__init_subclass__(**kwargs)
+        cls.name = cls.__dict__.get("name", "")
+
     @abstractmethod
     def forward(self, visual: VisualTokens) -> VisualTokens:
         """Map (B, N, D) tokens to the tokens that `out_spec` states."""
@@ -48,11 +53,12 @@ class Connector(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def build(cls, in_spec: TokenSpec, out_dim: int, **options: Any) -> Self:
+    def build(cls, in_spec: TokenSpec, out_dim: int, *args: Any, **options: Any) -> Self:
         """Make the connector for tokens of `in_spec` and an LLM of width `out_dim`.
 
-        Subclasses name their options; the options are what a recipe can say.
-        An option that defaults to None means `out_dim`.
+        Subclasses name their options, keyword only, in place of `*args` and
+        `**options`; these are what a recipe can say. An option `dim` that
+        defaults to None means `out_dim`.
         """
 
     @abstractmethod
@@ -62,8 +68,10 @@ class Connector(nn.Module, ABC):
     def forward_packed(self, packed: PackedTokens) -> PackedTokens:
         """Map packed tokens, by default the images of one grid together.
 
+        What comes out without a grid is packed as one row, (1, N).
+
         Raises:
-            TokenShapeError: tokens come out without a grid and so cannot be packed.
+            TokenShapeError: the connector cannot take tokens of one of the grids.
         """
         images = packed.split()
         places: dict[Grid, list[int]] = {}
@@ -74,7 +82,6 @@ class Connector(nn.Module, ABC):
         for grid, indices in places.items():
             batch = torch.cat([images[index].tokens for index in indices])
             result = self(VisualTokens(batch, grid))
-            # Queries have no place in the image: a pack holds them as one row each.
             out_grid = result.grid or (1, result.tokens.shape[1])
             for row, index in enumerate(indices):
                 outputs[index] = result.tokens[row]
@@ -140,13 +147,28 @@ class Chain(Connector):
         return spec
 
     @classmethod
-    def build(cls, in_spec: TokenSpec, out_dim: int, **options: Any) -> Self:
+    def build(cls, in_spec: TokenSpec, out_dim: int, *args: Any, **options: Any) -> Self:
         """Refuse: a chain is made of links, or by `build_connector` from a recipe."""
         raise VlmError("a chain has no options of its own; pass links to Chain, or a recipe to build_connector")
 
     def options(self) -> dict[str, Option]:
         """Give none: each link has its own."""
         return {}
+
+
+def require_positive(name: str, **values: int) -> None:
+    """Refuse options that are not whole numbers of at least 1.
+
+    Args:
+        name: the connector, for the message.
+        **values: the options.
+
+    Raises:
+        VlmError: a value is not a positive whole number.
+    """
+    for option, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise VlmError(f"'{name}' has {option}={value}; give a whole number of at least 1")
 
 
 def _accept(point: EntryPoint, loaded: object) -> list[tuple[str, type[Connector]]]:

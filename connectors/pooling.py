@@ -36,11 +36,17 @@ class AvgPool(Connector):
         super().__init__()
         if (factor is None) == (grid is None):
             given = "neither" if factor is None else "both"
-            raise VlmError(f"'avg_pool' takes factor or grid, got {given}; write avg_pool:factor=2 or avg_pool:grid=8x8")
+            raise VlmError(
+                f"'avg_pool' takes factor or grid, got {given}; write avg_pool:factor=2 or avg_pool:grid=8x8"
+            )
         if factor is not None:
             require_positive("avg_pool", factor=factor)
         if grid is not None:
-            require_positive("avg_pool", rows=grid[0], columns=grid[1])
+            try:
+                rows, columns = grid
+            except (TypeError, ValueError):
+                raise VlmError(f"'avg_pool' has grid={grid}; give rows and columns, for example grid=8x8") from None
+            require_positive("avg_pool", rows=rows, columns=columns)
         self.factor, self.grid = factor, grid
 
     def forward(self, visual: VisualTokens) -> VisualTokens:
@@ -61,9 +67,7 @@ class AvgPool(Connector):
         return TokenSpec(rows * columns, spec.dim, (rows, columns), spec.num_prefix)
 
     @classmethod
-    def build(
-        cls, in_spec: TokenSpec, out_dim: int, *, factor: int | None = None, grid: Grid | None = None
-    ) -> Self:
+    def build(cls, in_spec: TokenSpec, out_dim: int, *, factor: int | None = None, grid: Grid | None = None) -> Self:
         """Make the pooling; it fits every width."""
         return cls(factor, grid)
 

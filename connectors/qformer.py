@@ -95,8 +95,8 @@ class QFormer(Connector):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        sizes = {"queries": queries, "dim": dim, "layers": layers, "heads": heads, "cross_every": cross_every}
-        sizes["ffn"] = ffn
+        sizes = {"queries": queries, "dim": dim, "layers": layers, "heads": heads}
+        sizes |= {"cross_every": cross_every, "ffn": ffn}
         require_positive("qformer", in_dim=in_dim, **sizes)
         if not 0 <= dropout < 1:
             raise VlmError(f"'qformer' has dropout {dropout}; give a probability from 0 to below 1, for example 0.1")

@@ -16,6 +16,14 @@ from connectors.errors import TokenShapeError, VlmError
 from connectors.registry import nearest
 from connectors.tokens import TokenSpec
 
+_WORDS: dict[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a word",
+    tuple: "a grid such as 8x8",
+}
+
 __all__ = ["build_connector", "connector_options", "parse_recipe", "recipe_of"]
 
 
@@ -61,11 +69,11 @@ def build_connector(recipe: str, in_spec: TokenSpec, out_dim: int) -> Chain:
     for name, options in parse_recipe(recipe):
         cls = CONNECTORS.get(name)
         known = connector_options(cls)
-        for key in options:
+        for key, value in options.items():
             if key not in known:
-                takes = f"it takes {', '.join(known)}" if known else "it takes none"
-                hint = f"{nearest(key, list(known))} " if known else ""
-                raise VlmError(f"connector '{name}' has no option '{key}'; {hint if 'mean' in hint else ''}{takes}")
+                hint = nearest(key, list(known)) if known else "it takes none"
+                raise VlmError(f"connector '{name}' has no option '{key}'; {hint}")
+            _require_kind(name, key, value, known[key])
         link = cls.build(spec, out_dim, **options)
         links.append(link)
         spec = link.out_spec(spec)
@@ -92,19 +100,25 @@ def recipe_of(connector: Connector, out_dim: int) -> str:
 
 def connector_options(cls: type[Connector]) -> Mapping[str, object]:
     """Give the options of a connector class and their defaults, in order."""
-    parameters = list(inspect.signature(cls.build).parameters.values())[2:]
-    return {parameter.name: parameter.default for parameter in parameters}
+    parameters = inspect.signature(cls.build).parameters.values()
+    return {each.name: each.default for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _require_kind(name: str, key: str, value: Option, default: object) -> None:
+    kind = type(default)
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if kind in _WORDS and not fits:
+        raise VlmError(f"'{name}' has {key}={_write_value(value)}; give {_WORDS[kind]}")
 
 
 def _write_link(link: Connector, out_dim: int) -> str:
     if not link.name:
         raise VlmError(f"{type(link).__name__} has no registered name; decorate it with @register_connector('name')")
-    defaults = connector_options(type(link))
-    written = []
-    for key, value in link.options().items():
-        default = out_dim if defaults[key] is None else defaults[key]
-        if value != default:
-            written.append(f"{key}={_write_value(value)}")
+    defaults = {**connector_options(type(link))}
+    if "dim" in defaults and defaults["dim"] is None:
+        defaults["dim"] = out_dim
+    options = link.options().items()
+    written = [f"{key}={_write_value(value)}" for key, value in options if value != defaults[key]]
     return f"{link.name}:{','.join(written)}" if written else link.name
 
 
@@ -124,4 +138,5 @@ def _parse_value(text: str) -> Option:
 def _write_value(value: Option) -> str:
     if isinstance(value, tuple):
         return f"{value[0]}x{value[1]}"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    # `1e+20` would read as two links.
+    return str(value).lower() if isinstance(value, bool) else str(value).replace("e+", "e")

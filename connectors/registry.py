@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
-from connectors.errors import DuplicateNameError, UnknownNameError
+from connectors.errors import DuplicateNameError, UnknownNameError, VlmError
 
 __all__ = ["Registry", "nearest"]
 
@@ -19,9 +19,10 @@ T = TypeVar("T")
 def nearest(name: str, known: list[str]) -> str:
     """Say which known names are close to `name`, as the end of a sentence."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if not close:
-        # get_close_matches is blind to a short name inside a long one, such as "siglip".
-        close = [candidate for candidate in known if name and name.lower() in candidate.lower()][:3]
+    if not close and name:
+        # get_close_matches is blind to a short name inside a long one, such as "mlp" in "mlp2x_gelu".
+        lower = name.lower()
+        close = [candidate for candidate in known if lower in candidate.lower() or candidate.lower() in lower][:3]
     return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(sorted(known)[:12])}"
 
 
@@ -59,10 +60,11 @@ class Registry(Generic[T]):
             origin: the module that registers it, for messages and for built-in names.
 
         Raises:
+            VlmError: the name is empty or holds a sign that a recipe or a backend prefix uses.
             DuplicateNameError: the name is taken.
         """
-        if not name or any(sign in name for sign in "+, \n"):
-            raise UnknownNameError(f"{self.kind} name {name!r} is empty or holds a space, '+' or ','; pick another")
+        if not name or any(sign in name for sign in "+,:= \n"):
+            raise VlmError(f"{self.kind} name {name!r} is empty or holds a space or one of '+,:='; pick another")
         taken = self._origin.get(name, self._builtin.get(name))
         if name in self._things or (taken is not None and taken != origin):
             raise DuplicateNameError(f"{self.kind} '{name}' is registered already, by {taken}; pick another name")
@@ -92,7 +94,6 @@ class Registry(Generic[T]):
     def _load_plugins(self) -> None:
         if self._plugins_loaded:
             return
-        self._plugins_loaded = True
         for point in entry_points(group=self.group):
             try:
                 loaded = point.load()
@@ -103,3 +104,4 @@ class Registry(Generic[T]):
             for name, thing in self._accept(point, loaded):
                 if self._things.get(name) is not thing:
                     self.register(name, thing, point.value)
+        self._plugins_loaded = True

@@ -16,7 +16,7 @@ from connectors.errors import TokenShapeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Grid", "PackedTokens", "TokenSpec", "VisualTokens", "require_grid"]
+__all__ = ["Grid", "PackedTokens", "TokenSpec", "VisualTokens", "fold_grid", "require_grid"]
 
 Grid: TypeAlias = tuple[int, int]
 """(rows, columns) of tokens or of tiles."""
@@ -49,12 +49,12 @@ class TokenSpec:
                 f"a token spec needs at least one token of width 1, got {self.num_tokens} tokens of width "
                 f"{self.dim} with {self.num_prefix} prefix tokens"
             )
-        if self.grid is not None and self.grid[0] * self.grid[1] != self.num_tokens:
+        if self.grid is not None and (min(self.grid) < 1 or self.grid[0] * self.grid[1] != self.num_tokens):
             rows, columns = self.grid
             raise TokenShapeError(f"a {rows}x{columns} grid holds {rows * columns} tokens, not {self.num_tokens}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VisualTokens:
     """The tokens of a batch of views of one size.
 
@@ -103,7 +103,8 @@ class VisualTokens:
             TokenShapeError: the tokens have no grid.
         """
         rows, columns = require_grid(self.grid)
-        return self.tokens.transpose(1, 2).reshape(-1, self.tokens.shape[2], rows, columns)
+        batch, _, dim = self.tokens.shape
+        return self.tokens.transpose(1, 2).reshape(batch, dim, rows, columns)
 
     @classmethod
     def from_map(cls, feature_map: Tensor, prefix: Tensor | None = None) -> VisualTokens:
@@ -114,7 +115,7 @@ class VisualTokens:
         return cls(feature_map.flatten(2).transpose(1, 2), (rows, columns), prefix)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedTokens:
     """Tokens of images with different grids, one image after another.
 
@@ -152,3 +153,25 @@ def require_grid(grid: Grid | None) -> Grid:
     if grid is None:
         raise TokenShapeError("query tokens have no grid; put spatial connectors before the resampler")
     return grid
+
+
+def fold_grid(grid: Grid, factor: int, instead: str = "") -> Grid:
+    """Give the grid of `factor` x `factor` blocks.
+
+    Args:
+        grid: (rows, columns) of tokens.
+        factor: side of a block, tokens.
+        instead: what else the caller offers, in front of the advice to resize.
+
+    Raises:
+        TokenShapeError: the factor does not divide the grid.
+    """
+    rows, columns = grid
+    if rows % factor or columns % factor:
+        larger = f"{-(-rows // factor) * factor}x{-(-columns // factor) * factor}"
+        smaller = f"{rows // factor * factor}x{columns // factor * factor} or " if min(grid) >= factor else ""
+        raise TokenShapeError(
+            f"a {rows}x{columns} grid does not divide into {factor}x{factor} blocks; "
+            f"{instead}pad or resize the image to a grid of {smaller}{larger}"
+        )
+    return rows // factor, columns // factor

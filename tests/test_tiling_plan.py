@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from connectors.errors import VlmError
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from connectors.errors import VlmError
 from vlm_encoders.tiling import LLAVA_NEXT_GRIDS, TilePlan, plan_internvl, plan_tiles, whole_image
 
 ODD_GRIDS = ((2, 2), (1, 4), (4, 1), (2, 3), (3, 2), (1, 1), (3, 3))
@@ -47,7 +47,9 @@ def test_content_is_resized_and_padded_as_in_transformers() -> None:
         assert plan.padded == (above + below + before + after > 0)
 
 
-@pytest.mark.parametrize(("fewest", "most", "tile_size"), [(1, 12, 448), (1, 6, 448), (2, 9, 384), (1, 40, 224), (4, 4, 64)])
+@pytest.mark.parametrize(
+    ("fewest", "most", "tile_size"), [(1, 12, 448), (1, 6, 448), (2, 9, 384), (1, 40, 224), (4, 4, 64)]
+)
 def test_internvl_grid_is_the_one_transformers_selects(fewest: int, most: int, tile_size: int) -> None:
     for size in image_sizes(2000):
         plan = plan_internvl(size, tile_size, min_tiles=fewest, max_tiles=most)

@@ -66,9 +66,7 @@ def test_picture_has_ink_where_the_cells_say() -> None:
     assert ((cells.min((1, 2)) < 100) == (np.array(scene.cells) != scenes.BLANK)).all()
 
 
-@pytest.mark.parametrize(
-    ("question", "answer"), [("read", "7 0 3 0"), ("count", "1 0 2 1")], ids=["read", "count"]
-)
+@pytest.mark.parametrize(("question", "answer"), [("read", "7 0 3 0"), ("count", "1 0 2 1")], ids=["read", "count"])
 def test_answer_of_known_cells(question: scenes.Question, answer: str) -> None:
     cells = (-1, -1, -1, 7, -1, -1, -1, -1, 0, 3, -1, -1, 0, -1, -1, -1)
     assert scenes.ask(question, cells, np.random.default_rng(0))[1] == answer
@@ -114,9 +112,7 @@ def test_dataset_answers_are_true_to_the_picture(tmp_path: Path) -> None:
 
 def test_dataset_is_the_same_by_seed(tmp_path: Path) -> None:
     paths = [write_dataset(tmp_path / name, "train", 6, seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
-    files = [
-        {path.relative_to(root.parent): path.read_bytes() for path in root.parent.rglob("*.*")} for root in paths
-    ]
+    files = [{path.relative_to(root.parent): path.read_bytes() for path in root.parent.rglob("*.*")} for root in paths]
     assert files[0] == files[1]
     assert files[0] != files[2]
 
@@ -164,7 +160,10 @@ def test_llm_loads_through_transformers_and_reads_words(tokenizer: PreTrainedTok
 
 
 def test_chat_template_marks_the_answers(tokenizer: PreTrainedTokenizerFast) -> None:
-    turns = [{"role": "user", "content": "<image>\nWhere is the 7?"}, {"role": "assistant", "content": "row 1 column 4"}]
+    turns = [
+        {"role": "user", "content": "<image>\nWhere is the 7?"},
+        {"role": "assistant", "content": "row 1 column 4"},
+    ]
     assert tokenizer.apply_chat_template(turns, tokenize=False) == (
         "<s><|user|>\n<image>\nWhere is the 7?\n<|assistant|>\nrow 1 column 4</s>\n"
     )

@@ -24,10 +24,6 @@ __all__ = ["create_encoder", "encoder_spec", "list_encoders", "register_encoder"
 
 _TABLES = (
     "vlm_encoders.encoders.clip",
-    "vlm_encoders.encoders.siglip",
-    "vlm_encoders.encoders.dinov2",
-    "vlm_encoders.encoders.swin",
-    "vlm_encoders.encoders.sam",
 )
 _BACKENDS = {
     "transformers": "vlm_encoders.encoders.transformers_backend:TransformersEncoder",

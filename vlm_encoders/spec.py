@@ -42,10 +42,10 @@ class EncoderSpec:
         source: the backend's class, model or architecture name.
         weights: hub id or local folder of the released weights; None if there are none.
         image_size: (height, width) of a view, px.
-        native_size: (height, width) at which the weights were trained, px.
+        trained_size: (height, width) of the weights' position tables, px; None for `image_size`.
         stride: pixels of one side of a token.
         dim: D, width of the tokens.
-        width: width of the blocks, where the neck or the stages make it another one.
+        block_dim: width of the blocks (Swin: of the first stage); None for `dim`.
         heads: attention heads of a block (of the first stage in Swin).
         mlp_dim: hidden width of a block's MLP (of the first stage in Swin).
         num_layers: blocks of the whole network (in Swin of all stages).
@@ -78,8 +78,8 @@ class EncoderSpec:
     num_layers: int
     mean: Triple
     std: Triple
-    native_size: Grid | None = None
-    width: int | None = None
+    trained_size: Grid | None = None
+    block_dim: int | None = None
     heads: int = 0
     mlp_dim: int = 0
     num_prefix: int = 0
@@ -96,13 +96,21 @@ class EncoderSpec:
     def __post_init__(self) -> None:
         """Bring the size into one form and refuse impossible values."""
         object.__setattr__(self, "image_size", as_size(self.image_size, self.name))
-        object.__setattr__(self, "native_size", as_size(self.native_size or self.image_size, self.name))
-        object.__setattr__(self, "width", self.width or self.dim)
         if not -self.num_layers <= self.feature_layer <= -1:
             raise VlmError(
                 f"{self.name}: feature layer {self.feature_layer} is not one of its {self.num_layers} blocks; "
                 f"count from the end, -1 (the last) to {-self.num_layers}"
             )
+
+    @property
+    def native_size(self) -> Grid:
+        """(height, width) at which the weights were trained, px."""
+        return self.trained_size or self.image_size
+
+    @property
+    def width(self) -> int:
+        """Width of the blocks, before a neck or later stages change it."""
+        return self.block_dim or self.dim
 
     @property
     def kept_layers(self) -> int:
@@ -125,7 +133,7 @@ class EncoderSpec:
         Raises:
             VlmError: the encoder cannot take this size.
         """
-        return dataclasses.replace(self, image_size=self._check_size(image_size))
+        return dataclasses.replace(self, image_size=self._check_size(image_size), trained_size=self.native_size)
 
     def at_layer(self, feature_layer: int | None = None, *, final_norm: bool | None = None) -> Self:
         """Give the same encoder read at another block.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from connectors.errors import UnknownNameError, VlmError
 from connectors.registry import nearest
 from connectors.tokens import Grid
+from vlm_encoders.spec import EncoderSpec
 from vlm_encoders.tiling.cut import cut
 from vlm_encoders.tiling.layout import TileLayout
 from vlm_encoders.tiling.plan import LLAVA_NEXT_GRIDS, Size, TilePlan, plan_internvl, plan_tiles, whole_image
@@ -46,6 +47,19 @@ class Tiler(ABC):
     def cut(self, image: Image, plan: TilePlan) -> list[Image]:
         """Cut an image into the views of its plan; see `cut.cut`."""
         return cut(image, plan)
+
+    def check(self, spec: EncoderSpec) -> None:
+        """Refuse an encoder whose views are not this tiler's tiles.
+
+        Raises:
+            VlmError: the sizes differ, so that each tile would be resized once more.
+        """
+        if self.max_views > 1 and spec.image_size != (self.tile_size, self.tile_size):
+            height, width = spec.image_size
+            use = f"use tile_size={height}" if height == width else "build the encoder for square views"
+            raise VlmError(
+                f"'{self.name}' cuts tiles of {self.tile_size} px, but {spec.name} sees {height}x{width} px; {use}"
+            )
 
     def config(self) -> dict[str, Any]:
         """Give what `tiler_from_config` makes this tiler of again; JSON can hold it."""

@@ -10,27 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from vlm_encoders.tiny import scenes
-from vlm_encoders.tiny.vit_pretrain import lr_factor
+from vlm_encoders.tiny.tokenizer import CELL_WORDS, build_tokenizer
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
-IMAGE = "<image>"
-CELL_WORDS = ("blank", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", IMAGE, "<|system|>", "<|user|>", "<|assistant|>")
-OTHER_WORDS = (
-    *"0123456789?,.",
-    *"which digits do you see in reading order where is the row column how many are each".split(),
-)
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}"
-    "{% else %}{{ message['content'] + '\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -40,33 +23,9 @@ class LlmRecipe:
     steps: int = 2500
     batch: int = 32
     lr: float = 2e-3
-    warmup: int = 100
+    warmup: float = 0.04
     weight_decay: float = 0.01
     word_noise: float = 0.03
-
-
-def build_tokenizer() -> "PreTrainedTokenizerFast":
-    """Build the word-level tokenizer with its chat template."""
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = (*SPECIAL_TOKENS, *CELL_WORDS, *OTHER_WORDS)
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, "<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"\d|[^\w\s]"), "isolated")]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=list(SPECIAL_TOKENS[4:]),
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=512,
-        padding_side="right",
-    )
 
 
 def build_llm(tokenizer: "PreTrainedTokenizerFast") -> "LlamaForCausalLM":
@@ -110,12 +69,13 @@ def conversation(
     return messages
 
 
-def _exact_match(llm: "LlamaForCausalLM", encoded: dict[str, Tensor]) -> Tensor:
-    """Tell for each conversation whether every answer token is the most likely one."""
+def _exact_match(llm: "LlamaForCausalLM", encoded: dict[str, Tensor]) -> float:
+    """Give the share of conversations of which every answer token is the most likely one."""
     with torch.no_grad():
         logits = llm(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits
     right = logits[:, :-1].argmax(-1) == encoded["input_ids"][:, 1:]
-    return (right | ~encoded["assistant_masks"][:, 1:].bool()).all(1)
+    matches = (right | (encoded["assistant_masks"][:, 1:] == 0)).all(1)
+    return float(matches.float().mean())
 
 
 class _Text:
@@ -130,7 +90,7 @@ class _Text:
     ) -> dict[str, Any]:
         """Encode conversations; without questions given, all of them in random order."""
         rng = self.rng
-        return self.tokenizer.apply_chat_template(
+        encoded: dict[str, Any] = self.tokenizer.apply_chat_template(
             [
                 conversation(
                     rng,
@@ -145,6 +105,7 @@ class _Text:
             padding=True,
             return_tensors="pt",
         )
+        return encoded
 
 
 def text_accuracy(llm: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", *, seed: int) -> dict[str, float]:
@@ -154,8 +115,8 @@ def text_accuracy(llm: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast",
     for question in scenes.QUESTIONS:
         for side in (1, 2):
             encoded = text.batch(1000, side=side, noise=0.0, questions=[question])
-            matches = _exact_match(llm, encoded)
-            figures[f"{question}_{side * side * scenes.ROWS * scenes.COLUMNS}_words"] = matches.float().mean().item()
+            words = side * side * scenes.ROWS * scenes.COLUMNS
+            figures[f"{question}_{words}_words"] = _exact_match(llm, encoded)
     return figures
 
 
@@ -165,12 +126,14 @@ def train_llm(folder: Path, recipe: LlmRecipe, seed: int) -> dict[str, float]:
     Returns:
         The parameter count and the text figures of the saved weights.
     """
+    from transformers import LlamaForCausalLM
+
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     llm = build_llm(tokenizer)
     optimizer = torch.optim.AdamW(llm.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(step, recipe.steps, recipe.warmup)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.lr, recipe.steps, pct_start=recipe.warmup, cycle_momentum=False
     )
     rng = np.random.default_rng(seed)
     text = _Text(tokenizer, rng)
@@ -179,9 +142,7 @@ def train_llm(folder: Path, recipe: LlmRecipe, seed: int) -> dict[str, float]:
         # One wrong word of four can be outvoted; the only word of a cell cannot.
         encoded = text.batch(recipe.batch, side=side, noise=recipe.word_noise if side > 1 else 0.0)
         labels = encoded["input_ids"].masked_fill(encoded["assistant_masks"] == 0, -100)
-        loss = llm(
-            input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], labels=labels
-        ).loss
+        loss = llm(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(llm.parameters(), 1.0)
@@ -191,5 +152,5 @@ def train_llm(folder: Path, recipe: LlmRecipe, seed: int) -> dict[str, float]:
             print(f"llm step {step + 1}/{recipe.steps} loss {loss.item():.3f}", flush=True)
     llm.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    figures = text_accuracy(llm.float().eval(), tokenizer, seed=seed + 1)
-    return {"parameters": llm.num_parameters(), **figures}
+    saved = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return {"parameters": saved.num_parameters(), **text_accuracy(saved, tokenizer, seed=seed + 1)}

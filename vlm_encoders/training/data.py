@@ -63,6 +63,10 @@ class ConversationDataset:
         """Name a sample by its place and, where it has one, its id."""
         return sample_name(self.records[index], index)
 
+    def sample_id(self, index: int) -> str:
+        """Give a sample's id, or its place where it has none."""
+        return str(self.records[index].get("id", index))
+
     def messages(self, index: int) -> list[dict[str, str]]:
         """Give the turns of a sample as chat messages, with the processor's image token."""
         return [

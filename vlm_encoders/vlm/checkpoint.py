@@ -132,7 +132,7 @@ def _verify(model: VisionLanguageModel, manifest: dict[str, Any], folder: Path) 
 def _build_encoder(entry: dict[str, Any]) -> Encoder:
     from vlm_encoders.registry import create_encoder
 
-    if entry["origin"] is None:
+    if not entry["origin"]:
         raise VlmError(f"the encoder '{entry['spec']}' was not made by create_encoder; build it and pass encoder=")
     options = dict(entry["origin"])
     if entry["saved"]:
@@ -213,8 +213,8 @@ def _source(llm: nn.Module) -> str:
     return str(getattr(llm.config, "_name_or_path", "") or "")
 
 
-def _rebuilds(origin: dict[str, Any] | None) -> bool:
-    return origin is not None and origin.get("pretrained") is not False
+def _rebuilds(origin: dict[str, Any]) -> bool:
+    return bool(origin) and origin["pretrained"] is not False
 
 
 def _spec_from(entry: list[Any]) -> TokenSpec:
@@ -233,6 +233,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise VlmError(f"'{folder}' is no model checkpoint: {MANIFEST} is missing or broken") from error
     if manifest.get("format") != FORMAT:
         raise VlmError(
-            f"checkpoint '{folder}' has format {manifest.get('format')}, this version reads {FORMAT}; update vlm-encoders"
+            f"checkpoint '{folder}' has format {manifest.get('format')}, this version reads {FORMAT}; "
+            "update vlm-encoders"
         )
     return manifest

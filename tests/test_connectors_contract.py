@@ -1,0 +1,214 @@
+"""The contract over every registered connector, and broken ones that it must catch."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from connectors import Chain, Connector, Linear, TokenSpec, VisualTokens, VlmError, build_connector, list_connectors
+from connectors.base import CONNECTORS, Option
+from connectors.testing import check_connector
+
+SQUARE = TokenSpec(16, 8, (4, 4))
+OBLONG = TokenSpec(24, 8, (4, 6))
+TALL_WITH_CLS = TokenSpec(12, 8, (6, 2), num_prefix=1)
+WITH_REGISTERS = TokenSpec(16, 8, (2, 8), num_prefix=5)
+QUERIES = TokenSpec(7, 8)
+SPECS = [SQUARE, OBLONG, TALL_WITH_CLS, WITH_REGISTERS, QUERIES]
+
+OPTIONS: dict[str, list[dict[str, Option]]] = {
+    "avg_pool": [{"factor": 2}, {"factor": 1}, {"grid": (2, 1)}, {"grid": (2, 2)}],
+    "linear": [{}, {"bias": False}, {"dim": 3}],
+    "mlp": [{}, {"depth": 1}, {"depth": 3, "activation": "quick_gelu"}, {"activation": "relu", "dim": 5}],
+    "perceiver": [{"queries": 5, "depth": 2, "heads": 4, "head_dim": 6, "kv_heads": kv} for kv in (1, 2, 4)],
+    "qformer": [
+        {"queries": 5, "dim": 12, "layers": 3, "heads": 3, "ffn": 24},
+        {"queries": 1, "dim": 6, "layers": 2, "heads": 1, "ffn": 4, "cross_every": 1},
+    ],
+}
+CASES = [(name, options) for name in list_connectors() for options in OPTIONS.get(name, [{}])]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_every_registered_connector_keeps_the_contract(name: str, options: dict[str, Option]) -> None:
+    checked = 0
+    for spec in SPECS:
+        if name == "keep_prefix" and not spec.num_prefix:
+            continue
+        if spec.grid is None and name in {"avg_pool", "pixel_shuffle"}:
+            continue
+        check_connector(CONNECTORS.get(name).build(spec, 10, **options), spec)
+        checked += 1
+    assert checked >= 2
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "pixel_shuffle+mlp",
+        "avg_pool:factor=2+keep_prefix+mlp",
+        "mlp+perceiver:queries=3,depth=1,heads=2,head_dim=4,kv_heads=1",
+        "keep_prefix+qformer:queries=3,dim=6,layers=2,heads=2,ffn=8+linear",
+    ],
+)
+def test_chains_keep_the_contract(recipe: str) -> None:
+    check_connector(build_connector(recipe, WITH_REGISTERS, 10), WITH_REGISTERS)
+
+
+def test_connectors_that_keep_the_width_hand_the_prefix_on() -> None:
+    for name, options in CASES:
+        if name == "keep_prefix":
+            continue
+        spec = WITH_REGISTERS
+        out = CONNECTORS.get(name).build(spec, 10, **options).out_spec(spec)
+        assert out.num_prefix == (spec.num_prefix if name in {"avg_pool", "perceiver"} else 0), name
+
+
+def test_the_checked_connector_itself_is_left_alone() -> None:
+    connector = Linear(8, 10).to(torch.bfloat16).train()
+    before = connector.proj.weight.clone()
+    check_connector(connector, SQUARE)
+    assert connector.training
+    assert connector.proj.weight.dtype == torch.bfloat16
+    assert connector.proj.weight.grad is None
+    assert torch.equal(connector.proj.weight, before)
+
+
+class Sound(Connector):
+    """A plugin that keeps the contract; each class below breaks one clause of it."""
+
+    def __init__(self, in_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_dim, 4)
+
+    def change(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.proj(tokens)
+        return out
+
+    def forward(self, visual: VisualTokens) -> VisualTokens:
+        return VisualTokens(self.change(visual.tokens), visual.grid)
+
+    def out_spec(self, spec: TokenSpec) -> TokenSpec:
+        self.require_dim(spec, self.proj.in_features)
+        return TokenSpec(spec.num_tokens, 4, spec.grid)
+
+    @classmethod
+    def build(cls, in_spec: TokenSpec, out_dim: int) -> Self:
+        return cls(in_spec.dim)
+
+    def options(self) -> dict[str, Option]:
+        return {}
+
+
+class LosesTheGrid(Sound):
+    def forward(self, visual: VisualTokens) -> VisualTokens:
+        return VisualTokens(self.change(visual.tokens))
+
+
+class TakesAnyWidth(Sound):
+    def out_spec(self, spec: TokenSpec) -> TokenSpec:
+        return TokenSpec(spec.num_tokens, 4, spec.grid)
+
+
+class GivesFloat(Sound):
+    def change(self, tokens: Tensor) -> Tensor:
+        return super().change(tokens).float()
+
+
+class DropsAView(Sound):
+    def change(self, tokens: Tensor) -> Tensor:
+        return super().change(tokens)[:1]
+
+
+class GivesNan(Sound):
+    def change(self, tokens: Tensor) -> Tensor:
+        return super().change(tokens).sqrt()
+
+
+class WritesItsInput(Sound):
+    def change(self, tokens: Tensor) -> Tensor:
+        return super().change(tokens.detach().mul_(2))
+
+
+class MixesViews(Sound):
+    def change(self, tokens: Tensor) -> Tensor:
+        return super().change(tokens - tokens.mean(0, keepdim=True))
+
+
+class MixesViewsInTraining(Sound):
+    def change(self, tokens: Tensor) -> Tensor:
+        return super().change(tokens - tokens.mean(0, keepdim=True) if self.training else tokens)
+
+
+class IsRandom(Sound):
+    def change(self, tokens: Tensor) -> Tensor:
+        return super().change(nn.functional.dropout(tokens, 0.5))
+
+
+class DetachesTokens(Sound):
+    def change(self, tokens: Tensor) -> Tensor:
+        return super().change(tokens.detach())
+
+
+class TracksNoGradient(Sound):
+    def change(self, tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().change(tokens)
+
+
+class HasAnUnusedPart(Sound):
+    def __init__(self, in_dim: int) -> None:
+        super().__init__(in_dim)
+        self.unused = nn.Linear(2, 2)
+
+
+class HidesState(Sound):
+    def __init__(self, in_dim: int) -> None:
+        super().__init__(in_dim)
+        self.register_buffer("noise", torch.randn(4), persistent=False)
+
+    def change(self, tokens: Tensor) -> Tensor:
+        return super().change(tokens) + self.get_buffer("noise")
+
+
+class HidesAnOption(Sound):
+    def options(self) -> dict[str, Option]:
+        return {"width": 4}
+
+
+class PacksWrongly(Sound):
+    def forward_packed(self, packed: Any) -> Any:
+        return type(packed)(self.proj(packed.tokens.flip(0)), packed.grids)
+
+
+BROKEN: list[tuple[Callable[[int], Connector], str]] = [
+    (LosesTheGrid, "out_spec states what forward gives"),
+    (TakesAnyWidth, "forward takes what out_spec takes"),
+    (GivesFloat, "the dtype is kept"),
+    (DropsAView, "views stay apart"),
+    (GivesNan, "numbers are finite"),
+    (WritesItsInput, "the input is left unchanged"),
+    (MixesViews, "each view counts alone"),
+    (MixesViewsInTraining, "in training"),
+    (IsRandom, "eval is deterministic"),
+    (DetachesTokens, "gradients reach the tokens"),
+    (TracksNoGradient, "gradients reach the tokens"),
+    (HasAnUnusedPart, "'unused.weight' got none"),
+    (HidesState, "the rebuilt one gives other numbers"),
+    (HidesAnOption, "unexpected keyword argument 'width'"),
+    (PacksWrongly, "packed equals one at a time"),
+]
+
+
+def test_a_sound_plugin_passes() -> None:
+    check_connector(Sound(8), OBLONG)
+    check_connector(Chain(Sound(8), Sound(4)), OBLONG)
+
+
+@pytest.mark.parametrize(("make", "clause"), BROKEN, ids=[clause for _, clause in BROKEN])
+def test_a_broken_clause_is_named(make: Callable[[int], Connector], clause: str) -> None:
+    with pytest.raises(VlmError, match="breaks the clause") as caught:
+        check_connector(make(8), OBLONG)
+    assert clause in str(caught.value)

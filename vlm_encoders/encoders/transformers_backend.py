@@ -1,0 +1,207 @@
+"""Vision towers of transformers: CLIP, SigLIP, DINOv2, Swin and SAM."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from connectors.errors import VlmError
+from connectors.tokens import VisualTokens
+from vlm_encoders.encoder import Encoder
+from vlm_encoders.encoders.weights import find_weights, weight_files
+from vlm_encoders.spec import EncoderSpec
+
+__all__ = ["TransformersEncoder"]
+
+
+@dataclass(frozen=True)
+class _Tower:
+    """How one class of transformers is read.
+
+    Attributes:
+        norm: the last norm's attribute; "" where the neck takes its place.
+        norm_inside: whether `last_hidden_state` is behind that norm.
+        any_size: whether `interpolate_pos_encoding` must be asked for off the native size.
+        dropped: keys of full checkpoints that the tower has no use for.
+    """
+
+    norm: str
+    norm_inside: bool
+    any_size: bool
+    dropped: str
+
+
+_TEXT = r"(text_model|text_projection|visual_projection|logit_scale|logit_bias)\b"
+_IDS = r"|(.*\.)?position_ids$"
+_TOWERS = {
+    "CLIPVisionModel": _Tower("post_layernorm", False, True, _TEXT + r"|(vision_model\.)?post_layernorm\." + _IDS),
+    "SiglipVisionModel": _Tower(
+        "post_layernorm", True, True, _TEXT + r"|(vision_model\.)?(head|post_layernorm)\." + _IDS
+    ),
+    "Dinov2Model": _Tower("layernorm", True, False, r"classifier\.|(dinov2\.)?(layernorm\.|embeddings\.mask_token$)"),
+    "Dinov2WithRegistersModel": _Tower(
+        "layernorm", True, False, r"classifier\.|(dinov2_with_registers\.)?layernorm\."
+    ),
+    "SwinModel": _Tower("layernorm", True, False, r"classifier\.|(swin\.)?layernorm\.|pooler\."),
+    "SamVisionModel": _Tower("", True, False, r"(mask_decoder|prompt_encoder|shared_image_embedding)\."),
+}
+
+
+class TransformersEncoder(Encoder):
+    """A vision model of transformers, cut behind its feature layer.
+
+    Source: transformers' `CLIPVisionModel`, `SiglipVisionModel`, `Dinov2Model`,
+    `Dinov2WithRegistersModel`, `SwinModel`, `SamVisionModel`.
+
+    Args:
+        spec: with the class in `source`.
+        network: the class's instance with the kept blocks.
+    """
+
+    def __init__(self, spec: EncoderSpec, network: nn.Module) -> None:
+        super().__init__(spec)
+        self.network = network
+        self._tower = _TOWERS[spec.source]
+        if self._tower.norm and not spec.final_norm:
+            setattr(network, self._tower.norm, nn.Identity())
+
+    @classmethod
+    def build(cls, spec: EncoderSpec, *, pretrained: bool | str, dtype: torch.dtype) -> Self:
+        """Build the tower from the spec, or from the config that lies beside the weights."""
+        import transformers
+
+        _check(spec)
+        model = getattr(transformers, spec.source)
+        extra = {"add_pooling_layer": False} if spec.source == "SwinModel" else {}
+        if pretrained is False:
+            network = model(_config(spec), **extra)
+            return cls(spec, network.to(dtype))
+        folder = find_weights(spec.name, spec.weights, pretrained)
+        return cls(spec, _load(model, spec, folder, dtype, extra))
+
+    def forward_features(self, pixel_values: Tensor) -> VisualTokens:
+        """Run the kept blocks and take the prefix apart."""
+        options = {}
+        if self._tower.any_size and self.spec.image_size != self.spec.native_size:
+            options["interpolate_pos_encoding"] = True
+        hidden: Tensor = self.network(pixel_values, **options).last_hidden_state
+        if hidden.ndim == 4:
+            return VisualTokens.from_map(hidden)
+        if self.spec.final_norm and not self._tower.norm_inside:
+            hidden = getattr(self.network, self._tower.norm)(hidden)
+        count = self.spec.num_prefix
+        prefix = hidden[:, :count] if count else None
+        return VisualTokens(hidden[:, count:], self.token_spec.grid, prefix)
+
+    def blocks(self) -> list[nn.Module]:
+        """Give the kept blocks, first to last."""
+        if self.spec.source == "SamVisionModel":
+            return list(self.network.vision_encoder.layers)  # type: ignore[union-attr, arg-type]
+        encoder: Any = self.network.encoder
+        if self.spec.source == "SwinModel":
+            return [block for stage in encoder.layers for block in stage.blocks]
+        return list(encoder.layers if hasattr(encoder, "layers") else encoder.layer)
+
+
+def _check(spec: EncoderSpec) -> None:
+    """Refuse what the class cannot do, before anything is built or fetched."""
+    if spec.source not in _TOWERS:
+        raise VlmError(f"{spec.name}: transformers class '{spec.source}' is not one of {', '.join(_TOWERS)}")
+    if spec.source in {"SamVisionModel", "SwinModel"} and (spec.feature_layer != -1 or not spec.final_norm):
+        end = "neck" if spec.source == "SamVisionModel" else "last stage"
+        raise VlmError(
+            f"{spec.name}: its tokens come from the {end}; feature layer {spec.feature_layer} with "
+            f"final_norm={spec.final_norm} is not to be had, leave both out"
+        )
+
+
+def _config(spec: EncoderSpec) -> Any:
+    """Make the class's config from the spec, with the kept blocks alone."""
+    import transformers
+
+    options = dict(spec.options)
+    config = getattr(transformers, spec.source.replace("Model", "Config"))
+    if spec.source == "SwinModel":
+        return config(image_size=_side(spec), **options)
+    shape: dict[str, object] = {
+        "hidden_size": spec.width,
+        "num_hidden_layers": spec.kept_layers,
+        "num_attention_heads": spec.heads,
+        "patch_size": spec.stride,
+        "image_size": _side(spec),
+    }
+    if spec.source.startswith("Dinov2"):
+        shape["mlp_ratio"] = spec.mlp_dim // spec.width
+    elif spec.source == "SamVisionModel":
+        shape |= {"mlp_dim": spec.mlp_dim, "output_channels": spec.dim}
+    else:
+        shape["intermediate_size"] = spec.mlp_dim
+    return config(**(shape | _fixed(spec) | options))
+
+
+def _fixed(spec: EncoderSpec) -> dict[str, object]:
+    """Give the config entries that drop heads, for random and loaded weights alike."""
+    if spec.source == "SiglipVisionModel":
+        return {"vision_use_head": False}
+    return {"use_mask_token": False} if spec.source == "Dinov2Model" else {}
+
+
+def _side(spec: EncoderSpec) -> int:
+    # SAM's position tables have the size that it is built for; the others interpolate.
+    height, width = spec.image_size if spec.source == "SamVisionModel" else spec.native_size
+    if height != width:
+        raise VlmError(f"{spec.name}: transformers builds it for square views alone, got {height}x{width}; use a side")
+    return height
+
+
+def _load(model: Any, spec: EncoderSpec, folder: Path, dtype: torch.dtype, extra: dict[str, Any]) -> nn.Module:
+    """Load the kept blocks strictly: every weight found, and every other one accounted for."""
+    if folder.is_file():
+        folder = folder.parent
+    if not (folder / "config.json").is_file():
+        raise VlmError(f"{spec.name}: folder '{folder}' has no config.json; transformers' save_pretrained writes one")
+    weight_files(folder, spec.name)
+    if spec.source == "SamVisionModel" and spec.image_size != spec.native_size:
+        raise VlmError(
+            f"{spec.name}: SAM's released weights fit views of {spec.native_size} px alone, got {spec.image_size}; "
+            "leave image_size out, pass pretrained=False, or use timm:samvit_base_patch16.sa1b"
+        )
+    config = model.config_class.from_pretrained(folder, **_fixed(spec))
+    _compare(config, _config(spec), spec, folder)
+    if spec.source != "SwinModel":
+        config.num_hidden_layers = spec.kept_layers
+    network, report = model.from_pretrained(
+        folder, config=config, dtype=dtype, output_loading_info=True, local_files_only=True, **extra
+    )
+    blocks = range(spec.kept_layers, spec.num_layers)
+    cut = rf"|(.*\.)?layers?\.({'|'.join(map(str, blocks))})\." if blocks else ""
+    wanted = re.compile(_TOWERS[spec.source].dropped + cut)
+    missing = sorted(report["missing_keys"])
+    unexpected = sorted(key for key in report["unexpected_keys"] if not wanted.match(key))
+    if missing or unexpected or report["mismatched_keys"]:
+        raise VlmError(
+            f"{spec.name}: weights in '{folder}' do not fit {spec.source}: "
+            f"{_few('missing', missing)}, {_few('unexpected', unexpected)}; give a checkpoint of this encoder"
+        )
+    result: nn.Module = network
+    return result
+
+
+def _compare(found: Any, expected: Any, spec: EncoderSpec, folder: Path) -> None:
+    """Refuse a checkpoint of another shape, by what its config says."""
+    for key in ("hidden_size", "embed_dim", "patch_size", "image_size", "num_attention_heads"):
+        theirs, ours = getattr(found, key, None), getattr(expected, key, None)
+        if theirs != ours:
+            raise VlmError(
+                f"{spec.name}: '{folder}' has {key} {theirs}, the encoder has {ours}; "
+                f"use 'hf:{folder}' to take the folder as it is"
+            )
+
+
+def _few(kind: str, keys: list[str]) -> str:
+    return f"{len(keys)} {kind}" + (f" ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "")

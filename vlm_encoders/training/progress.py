@@ -1,0 +1,95 @@
+"""What a person sees of a run: a bar on a terminal, plain lines elsewhere, and a log file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeAlias
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+__all__ = ["LogEntry", "RunProgress", "write_log"]
+
+LogEntry: TypeAlias = dict[str, float]
+"""step, loss, grad_norm, lr_<part>, tokens_per_second, seconds_left, and eval_loss where it was measured."""
+
+
+class RunProgress:
+    """Shows loss, speed in LLM tokens and time left, on one process only.
+
+    Args:
+        total: steps of the run.
+        done: steps that were done before it was resumed.
+        bar: True for a bar, False for lines, None for a bar on a terminal.
+        active: False on all processes but the first, which show nothing.
+    """
+
+    def __init__(self, total: int, done: int, *, bar: bool | None, active: bool) -> None:
+        self.total = total
+        self.active = active
+        self._bar: Progress | None = None
+        if active and (sys.stderr.isatty() if bar is None else bar):
+            self._bar = _make_bar()
+            self._task = self._bar.add_task("training", total=total, completed=done, loss="-", speed="-")
+
+    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Move the bar to a step that is done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", speed=f"{tokens_per_second:,.0f}")
+
+    def log(self, entry: LogEntry) -> None:
+        """Write a log line where there is no bar."""
+        if self.active and self._bar is None:
+            sys.stderr.write(_line(entry, self.total) + "\n")
+            sys.stderr.flush()
+
+    def __enter__(self) -> Self:
+        """Show the bar."""
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def write_log(path: Path, entry: LogEntry) -> None:
+    """Add an entry to a log of one JSON object a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def _make_bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.fields[speed]} tokens/s"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def _line(entry: LogEntry, total: int) -> str:
+    minutes, seconds = divmod(round(entry["seconds_left"]), 60)
+    hours, minutes = divmod(minutes, 60)
+    words = [
+        f"step {entry['step']:.0f}/{total}",
+        f"loss {entry['loss']:.4f}",
+        f"{entry['tokens_per_second']:,.0f} tokens/s",
+        f"{hours}:{minutes:02}:{seconds:02} left",
+    ]
+    if "eval_loss" in entry:
+        words.append(f"eval loss {entry['eval_loss']:.4f}")
+    return "  ".join(words)

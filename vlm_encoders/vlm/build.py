@@ -1,0 +1,86 @@
+"""A model and its processor from four names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from connectors.errors import VlmError
+from connectors.recipe import build_connector
+from vlm_encoders.registry import create_encoder
+from vlm_encoders.tiling.anyres import build_tiler
+from vlm_encoders.vlm.model import VisionLanguageModel
+from vlm_encoders.vlm.processor import VLMProcessor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["build_model", "load_llm"]
+
+
+def build_model(
+    encoder: str,
+    connector: str,
+    llm: str | Path,
+    *,
+    tiler: str | None = None,
+    pretrained: bool | str | Path = True,
+    dtype: torch.dtype | None = None,
+    max_length: int | None = None,
+) -> tuple[VisionLanguageModel, VLMProcessor]:
+    """Plug an encoder into an LLM: the model, and the processor that feeds it.
+
+    Args:
+        encoder: as `create_encoder` takes it.
+        connector: a recipe, such as `pixel_shuffle:factor=2+mlp`.
+        llm: hub id or local folder of a causal LM with its tokenizer.
+        tiler: a tiler's name, such as `anyres`; None for one view an image.
+        pretrained: the encoder's weights, as `create_encoder` takes it.
+        dtype: of all parts; None for float32.
+        max_length: longest sample in tokens; None for the LLM's context.
+
+    Raises:
+        UnknownNameError: a name is not known; the nearest are given.
+        VlmError: the parts do not fit each other, or cannot be loaded.
+    """
+    language_model, tokenizer = load_llm(llm, dtype)
+    vision = create_encoder(encoder, pretrained=pretrained, dtype=dtype)
+    width = language_model.get_input_embeddings().embedding_dim  # type: ignore[operator]
+    chain = build_connector(connector, vision.token_spec, width)
+    cutter = None if tiler is None else build_tiler(tiler, vision.spec.image_size[0])
+    context = getattr(language_model.config, "max_position_embeddings", None)
+    processor = VLMProcessor(vision, chain, tokenizer, tiler=cutter, max_length=max_length or context)
+    model = VisionLanguageModel(
+        vision,
+        chain if dtype is None else chain.to(dtype),
+        language_model,
+        image_token_id=processor.image_token_id,
+        layout=processor.tiler.layout,
+    )
+    return model, processor
+
+
+def load_llm(source: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any]:
+    """Load a causal LM and its tokenizer from the hub, its cache, or a folder.
+
+    Args:
+        source: hub id or local folder.
+        dtype: of the parameters; None for float32.
+
+    Raises:
+        VlmError: there is no such model here, and no network to fetch it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        llm: nn.Module = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype or torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise VlmError(
+            f"the LLM '{source}' cannot be loaded ({first}); give a folder with model and tokenizer, a hub id, "
+            "or set HF_HOME to a cache that holds it"
+        ) from error
+    return llm, tokenizer
