@@ -99,7 +99,7 @@ class QFormer(Connector):
         sizes |= {"cross_every": cross_every, "ffn": ffn}
         require_positive("qformer", in_dim=in_dim, **sizes)
         if not 0 <= dropout < 1:
-            raise VlmError(f"'qformer' has dropout {dropout}; give a probability from 0 to below 1, for example 0.1")
+            raise VlmError(f"'qformer' has dropout={dropout}; give a probability from 0 to below 1, for example 0.1")
         self.in_dim = in_dim
         self._options: dict[str, Option] = {**sizes, "dropout": dropout}
         self.queries = nn.Parameter(torch.empty(queries, dim))

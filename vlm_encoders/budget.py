@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from connectors.tokens import Grid, TokenSpec
 from vlm_encoders.registry import encoder_spec
@@ -102,7 +103,7 @@ def token_budget(
     """
     spec = encoder_spec(encoder) if isinstance(encoder, str) else encoder
     if not isinstance(tiler, Tiler):
-        tiler = build_tiler(tiler or "whole", spec.image_size[0])
+        tiler = build_tiler("whole" if tiler is None else tiler, spec.image_size[0])
     tiler.check(spec)
     layout = layout or tiler.layout
     plan = tiler.plan(image_size or spec.image_size)
@@ -139,9 +140,9 @@ def encoder_flops(spec: EncoderSpec) -> int | None:
     the patch embedding 6 N stride^2 W.
 
     Returns:
-        FLOPs, two for one multiply-add; None for towers of windows or convolutions.
+        FLOPs, two for one multiply-add; None for towers of windows, convolutions or gated MLPs.
     """
-    width = spec.width or spec.dim
+    width = spec.width
     if spec.family not in _PLAIN_VITS or not spec.mlp_dim or dict(spec.options).get("use_swiglu_ffn"):
         return None
     tokens = spec.token_spec()
@@ -150,6 +151,7 @@ def encoder_flops(spec: EncoderSpec) -> int | None:
     return spec.kept_layers * block + 6 * tokens.num_tokens * spec.stride**2 * width
 
 
+@cache
 def _measure(recipe: str, tokens: TokenSpec, llm_dim: int) -> tuple[TokenSpec, int, int]:
     """Give a connector's output for one view, its parameters and its FLOPs; on the meta device."""
     import torch

@@ -27,6 +27,7 @@ ImageLike: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray[Any, Any] 
 MAX_PIXELS = 2**28
 """Largest image that is decoded, px: 16384 x 16384. More is taken for a decompression bomb."""
 
+_GIVE = "give a path, bytes, PIL image, (H, W, 3) array or (3, H, W) tensor"
 _BACKGROUND = (255, 255, 255)
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -48,8 +49,8 @@ def load_image(image: ImageLike) -> Image.Image:
             what = "a folder" if path.is_dir() else "missing"
             raise VlmError(f"image '{path}' is {what}; give the path of an image file")
         return _decode(path.read_bytes(), f"image '{path}'")
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        return _decode(bytes(image), "image bytes")
+    if isinstance(image, bytes):
+        return _decode(image, "image bytes")
     return Image.fromarray(_as_array(image))
 
 
@@ -82,7 +83,8 @@ class Preprocessor:
     def _pixels(self, image: Image.Image) -> np.ndarray[Any, np.dtype[np.float32]]:
         placed = self._resize(image)
         levels = np.asarray(placed, dtype=np.float32) / np.float32(255)
-        pixels = (levels - np.float32(self.spec.mean)) / np.float32(self.spec.std)
+        mean, std = np.array([self.spec.mean, self.spec.std], dtype=np.float32)
+        pixels = (levels - mean) / std
         height, width = self.spec.image_size
         # SAM pads after it normalises: the border is 0, not black.
         below, right = height - pixels.shape[0], width - pixels.shape[1]
@@ -126,15 +128,15 @@ def fit_size(image_size: Grid, goal: Grid) -> Grid:
 
 
 def _as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
-    if isinstance(images, (str, Path, bytes, bytearray, memoryview, Image.Image)):
+    if isinstance(images, (str, Path, bytes, Image.Image)):
         return [images]
     ndim = getattr(images, "ndim", None)
     if ndim is not None and ndim != 4:
         return [images]  # type: ignore[list-item]
     try:
-        return list(images)  # type: ignore[arg-type]
+        return list(images)
     except TypeError:
-        raise VlmError(f"a {type(images).__name__} is no image; give a path, bytes, PIL image, array or tensor") from None
+        raise VlmError(f"a {type(images).__name__} is no image; {_GIVE}") from None
 
 
 def _decode(data: bytes, name: str) -> Image.Image:
@@ -193,9 +195,7 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
 def _as_array(image: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
     if not isinstance(image, np.ndarray):
         if not hasattr(image, "detach"):
-            raise VlmError(
-                f"a {type(image).__name__} is no image; give a path, bytes, PIL image, (H, W, 3) array or (3, H, W) tensor"
-            )
+            raise VlmError(f"a {type(image).__name__} is no image; {_GIVE}")
         if image.ndim != 3 or image.shape[0] not in {1, 3}:
             raise VlmError(f"an image tensor is (3, H, W), got shape {tuple(image.shape)}")
         image = image.detach().cpu().permute(1, 2, 0)

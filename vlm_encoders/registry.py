@@ -24,6 +24,10 @@ __all__ = ["create_encoder", "encoder_spec", "list_encoders", "register_encoder"
 
 _TABLES = (
     "vlm_encoders.encoders.clip",
+    "vlm_encoders.encoders.siglip",
+    "vlm_encoders.encoders.dinov2",
+    "vlm_encoders.encoders.swin",
+    "vlm_encoders.encoders.sam",
 )
 _BACKENDS = {
     "transformers": "vlm_encoders.encoders.transformers_backend:TransformersEncoder",
@@ -117,7 +121,7 @@ def create_encoder(
         raise VlmError(f"{name}: '{dtype}' is no dtype; use float32, bfloat16 or float16")
     weights = str(pretrained) if isinstance(pretrained, Path) else pretrained
     backend: type[Encoder] = _load(_BACKENDS.get(spec.backend, spec.backend))
-    encoder = backend.build(spec, pretrained=weights, dtype=chosen)
+    encoder = backend.build(spec, pretrained=weights, dtype=chosen).eval()
     encoder.origin = {
         "name": name,
         "pretrained": weights,

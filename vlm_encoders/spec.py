@@ -157,9 +157,7 @@ class EncoderSpec:
         below = tuple(max(side // self.stride, 1) * self.stride for side in size)
         above = tuple(-(-side // self.stride) * self.stride for side in size)
         choice = _say(above) if below == above else f"{_say(below)} or {_say(above)}"
-        raise VlmError(
-            f"{self.name}: image size {_say(size)} is not a multiple of {self.stride}; use {choice}"
-        )
+        raise VlmError(f"{self.name}: image size {_say(size)} is not a multiple of {self.stride}; use {choice}")
 
 
 def _say(size: tuple[int, ...]) -> str:

@@ -50,5 +50,7 @@ def _write(output: Path, tensors: dict[str, object]) -> None:
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output)  # type: ignore[attr-defined]
     except (OSError, SafetensorError) as error:
-        raise VlmError(f"cannot write '{output}': {error}; give a file in a folder that exists and has space") from error
+        raise VlmError(
+            f"cannot write '{output}': {error}; give a file in a folder that exists and has space"
+        ) from error
     typer.echo(f"written to {output}")

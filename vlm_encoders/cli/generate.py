@@ -27,24 +27,17 @@ def generate(
     quiet_libraries()
     import torch
 
+    from vlm_encoders.vlm.answer import answer
     from vlm_encoders.vlm.checkpoint import load_model
     from vlm_encoders.vlm.processor import VLMProcessor
 
     loaded = load_model(model, llm=llm)
     processor = VLMProcessor.from_pretrained(model, loaded)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded.to(device)
+    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     places = "".join(f"{processor.image_token}\n" for _ in images or [])
     question = prompt if processor.image_token in prompt else places + prompt
     ready = processor.prompt([{"role": "user", "content": question}], images or [])
-    batch = processor.collate([ready], padding_side="left")
-    del batch["labels"]
     torch.manual_seed(seed)
-    options = {"do_sample": True, "temperature": temperature} if sample else {"do_sample": False}
-    ids = loaded.generate(
-        **{key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()},
-        max_new_tokens=max_new_tokens,
-        num_beams=beams,
-        **options,
-    )
-    typer.echo(processor.tokenizer.decode(ids[0], skip_special_tokens=True).strip())
+    drawing = {"do_sample": True, "temperature": temperature} if sample else {"do_sample": False}
+    (text,) = answer(loaded, processor, [ready], max_new_tokens=max_new_tokens, num_beams=beams, **drawing)
+    typer.echo(text)

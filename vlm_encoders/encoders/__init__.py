@@ -1,0 +1,1 @@
+"""Encoder tables and the adapters to the libraries behind them."""

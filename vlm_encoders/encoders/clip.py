@@ -50,9 +50,7 @@ _LARGE_14 = replace(
 
 SPECS = (
     _BASE_32,
-    replace(
-        _BASE_32, name="clip-vit-b-16", weights="openai/clip-vit-base-patch16", stride=16, parameters=85_799_424
-    ),
+    replace(_BASE_32, name="clip-vit-b-16", weights="openai/clip-vit-base-patch16", stride=16, parameters=85_799_424),
     _LARGE_14,
     replace(
         _LARGE_14,
@@ -60,5 +58,14 @@ SPECS = (
         weights="openai/clip-vit-large-patch14-336",
         image_size=(336, 336),
         parameters=303_507_456,
+    ),
+    replace(
+        _BASE_32,
+        name="openclip-vit-b-32-laion2b",
+        backend="open_clip",
+        source="ViT-B-32",
+        weights="laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+        reference="https://arxiv.org/abs/2212.07143",
+        options=(),
     ),
 )

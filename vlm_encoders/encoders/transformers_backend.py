@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from connectors.errors import VlmError
 from connectors.tokens import VisualTokens
 from vlm_encoders.encoder import Encoder
-from vlm_encoders.encoders.weights import find_weights, weight_files
+from vlm_encoders.encoders.weights import find_weights, load_state, weight_files
 from vlm_encoders.spec import EncoderSpec
 
 __all__ = ["TransformersEncoder"]
@@ -44,9 +47,7 @@ _TOWERS = {
         "post_layernorm", True, True, _TEXT + r"|(vision_model\.)?(head|post_layernorm)\." + _IDS
     ),
     "Dinov2Model": _Tower("layernorm", True, False, r"classifier\.|(dinov2\.)?(layernorm\.|embeddings\.mask_token$)"),
-    "Dinov2WithRegistersModel": _Tower(
-        "layernorm", True, False, r"classifier\.|(dinov2_with_registers\.)?layernorm\."
-    ),
+    "Dinov2WithRegistersModel": _Tower("layernorm", True, False, r"classifier\.|(dinov2_with_registers\.)?layernorm\."),
     "SwinModel": _Tower("layernorm", True, False, r"classifier\.|(swin\.)?layernorm\.|pooler\."),
     "SamVisionModel": _Tower("", True, False, r"(mask_decoder|prompt_encoder|shared_image_embedding)\."),
 }
@@ -81,7 +82,7 @@ class TransformersEncoder(Encoder):
         if pretrained is False:
             network = model(_config(spec), **extra)
             return cls(spec, network.to(dtype))
-        folder = find_weights(spec.name, spec.weights, pretrained)
+        folder = find_weights(spec.name, spec.weights, pretrained=pretrained)
         return cls(spec, _load(model, spec, folder, dtype, extra))
 
     def forward_features(self, pixel_values: Tensor) -> VisualTokens:
@@ -124,7 +125,7 @@ def _config(spec: EncoderSpec) -> Any:
     """Make the class's config from the spec, with the kept blocks alone."""
     import transformers
 
-    options = dict(spec.options)
+    options = {key: list(value) if isinstance(value, tuple) else value for key, value in spec.options}
     config = getattr(transformers, spec.source.replace("Model", "Config"))
     if spec.source == "SwinModel":
         return config(image_size=_side(spec), **options)
@@ -159,13 +160,14 @@ def _side(spec: EncoderSpec) -> int:
     return height
 
 
-def _load(model: Any, spec: EncoderSpec, folder: Path, dtype: torch.dtype, extra: dict[str, Any]) -> nn.Module:
+def _load(model: Any, spec: EncoderSpec, path: Path, dtype: torch.dtype, extra: dict[str, Any]) -> nn.Module:
     """Load the kept blocks strictly: every weight found, and every other one accounted for."""
-    if folder.is_file():
-        folder = folder.parent
+    from safetensors import SafetensorError
+
+    folder = path.parent if path.is_file() else path
     if not (folder / "config.json").is_file():
         raise VlmError(f"{spec.name}: folder '{folder}' has no config.json; transformers' save_pretrained writes one")
-    weight_files(folder, spec.name)
+    weight_files(path, spec.name)
     if spec.source == "SamVisionModel" and spec.image_size != spec.native_size:
         raise VlmError(
             f"{spec.name}: SAM's released weights fit views of {spec.native_size} px alone, got {spec.image_size}; "
@@ -175,21 +177,50 @@ def _load(model: Any, spec: EncoderSpec, folder: Path, dtype: torch.dtype, extra
     _compare(config, _config(spec), spec, folder)
     if spec.source != "SwinModel":
         config.num_hidden_layers = spec.kept_layers
-    network, report = model.from_pretrained(
-        folder, config=config, dtype=dtype, output_loading_info=True, local_files_only=True, **extra
-    )
-    blocks = range(spec.kept_layers, spec.num_layers)
-    cut = rf"|(.*\.)?layers?\.({'|'.join(map(str, blocks))})\." if blocks else ""
-    wanted = re.compile(_TOWERS[spec.source].dropped + cut)
-    missing = sorted(report["missing_keys"])
-    unexpected = sorted(key for key in report["unexpected_keys"] if not wanted.match(key))
-    if missing or unexpected or report["mismatched_keys"]:
-        raise VlmError(
-            f"{spec.name}: weights in '{folder}' do not fit {spec.source}: "
-            f"{_few('missing', missing)}, {_few('unexpected', unexpected)}; give a checkpoint of this encoder"
-        )
+    where = {"state_dict": load_state(path, spec.name)} if path.is_file() else {"local_files_only": True}
+    try:
+        with _quiet():
+            network, report = model.from_pretrained(
+                None if path.is_file() else folder,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                **where,
+                **extra,
+            )
+    except (RuntimeError, OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise VlmError(f"{spec.name}: weights in '{path}' cannot be loaded: {reason}") from error
+    _check_report(report, spec, path)
     result: nn.Module = network
     return result
+
+
+def _check_report(report: dict[str, Any], spec: EncoderSpec, path: Path) -> None:
+    """Refuse weights that are missing, or left over though they are no head and no cut block."""
+    behind = "|".join(str(index) for index in range(spec.kept_layers, spec.num_layers))
+    cut = rf"|(.*\.)?layers?\.({behind})\." if behind else ""
+    dropped = re.compile(_TOWERS[spec.source].dropped + cut)
+    norm = _TOWERS[spec.source].norm
+    needed = [key for key in report["missing_keys"] if spec.final_norm or not key.startswith(f"{norm}.")]
+    unexpected = [key for key in report["unexpected_keys"] if not dropped.match(key)]
+    if needed or unexpected:
+        raise VlmError(
+            f"{spec.name}: weights in '{path}' do not fit {spec.source}: {_few('missing', needed)}, "
+            f"{_few('unexpected', unexpected)}; give a checkpoint of this encoder"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' report of dropped heads to ourselves: `_check_report` reads it."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _compare(found: Any, expected: Any, spec: EncoderSpec, folder: Path) -> None:
@@ -204,4 +235,5 @@ def _compare(found: Any, expected: Any, spec: EncoderSpec, folder: Path) -> None
 
 
 def _few(kind: str, keys: list[str]) -> str:
+    keys = sorted(keys)
     return f"{len(keys)} {kind}" + (f" ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "")

@@ -16,7 +16,7 @@ _FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
-def find_weights(owner: str, weights: str | None, pretrained: bool | str) -> Path:
+def find_weights(owner: str, weights: str | None, *, pretrained: bool | str) -> Path:
     """Give the local folder or file that holds the weights, fetched if need be.
 
     Args:
@@ -38,8 +38,8 @@ def find_weights(owner: str, weights: str | None, pretrained: bool | str) -> Pat
     return local if local.is_dir() else snapshot(weights, owner)
 
 
-def snapshot(repo: str, owner: str) -> Path:
-    """Give the local snapshot of a hub repository: its config and its weights.
+def snapshot(repo: str, owner: str, *, weights: bool = True) -> Path:
+    """Give the local snapshot of a hub repository: its configs, and its weights if wanted.
 
     Raises:
         VlmError: it is not in the cache and the hub cannot be reached, or has no such repository.
@@ -48,14 +48,16 @@ def snapshot(repo: str, owner: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        cached = _cached(repo)
+        cached = _cached(repo, (*_FILES, *_INDEXES) if weights else ("config.json",))
         if cached is not None:
             return cached
         _require_network(owner)
-        names = hub.HfApi().list_repo_files(repo)
-        # One form of the weights is enough: many repositories hold five.
-        safe = any(name.endswith(".safetensors") and "/" not in name for name in names)
-        wanted = ["*.json", "*.safetensors" if safe else "*.bin"]
+        wanted = ["*.json"]
+        if weights:
+            # One form of the weights is enough: many repositories hold five.
+            names = hub.HfApi().list_repo_files(repo)
+            safe = any(name.endswith(".safetensors") and "/" not in name for name in names)
+            wanted.append("*.safetensors" if safe else "*.bin")
         return Path(hub.snapshot_download(repo, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except HFValidationError:
         raise VlmError(f"{owner}: '{repo}' is neither a folder nor a hub id such as org/name") from None
@@ -106,10 +108,10 @@ def load_state(path: Path, owner: str) -> dict[str, Tensor]:
     return state
 
 
-def _cached(repo: str) -> Path | None:
+def _cached(repo: str, names: tuple[str, ...]) -> Path | None:
     import huggingface_hub as hub
 
-    for name in (*_FILES, *_INDEXES):
+    for name in names:
         found = hub.try_to_load_from_cache(repo, name)
         if isinstance(found, str):
             return Path(found).parent
@@ -118,7 +120,6 @@ def _cached(repo: str) -> Path | None:
 
 def _require_network(owner: str) -> None:
     """Ask the hub once: its own client would retry for 24 s before it gives up."""
-    import httpx
     import huggingface_hub as hub
     from huggingface_hub import constants
 
@@ -127,5 +128,5 @@ def _require_network(owner: str) -> None:
         raise VlmError(sentence)
     try:
         hub.get_session().head(constants.ENDPOINT, timeout=5)
-    except httpx.HTTPError:
-        raise VlmError(sentence) from None
+    except Exception as error:
+        raise VlmError(sentence) from error

@@ -31,7 +31,7 @@ NUM_WORDS = 11
 class VitRecipe:
     """How long and how hard the ViT is trained."""
 
-    steps: int = 1500
+    steps: int = 2000
     batch: int = 48
     lr: float = 1.5e-3
     warmup: float = 0.06

@@ -14,7 +14,7 @@ from vlm_encoders.training.order import SeededBatches
 if TYPE_CHECKING:
     from vlm_encoders.vlm.processor import Sample, VLMProcessor
 
-__all__ = ["Samples", "iterate_batches", "to_device"]
+__all__ = ["Samples", "iterate_batches"]
 
 
 class Samples(Protocol):
@@ -66,7 +66,7 @@ def iterate_batches(
     careful = _Careful(dataset, processor)
     loader: DataLoader[Any] = DataLoader(
         careful,  # type: ignore[arg-type]
-        batch_sampler=order,  # type: ignore[arg-type]
+        batch_sampler=order,
         collate_fn=careful.collate,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
@@ -76,11 +76,10 @@ def iterate_batches(
     for batch in loader:
         if isinstance(batch, VlmError):
             raise batch
-        yield to_device(batch, device)
+        yield _to_device(batch, device)
 
 
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move the tensors of a batch."""
+def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()

@@ -27,6 +27,7 @@ _AT_LEAST_ONE = (
 )
 _AT_LEAST_ZERO = ("weight_decay", "num_workers", "seed")
 _ABOVE_ZERO = ("learning_rate", "max_grad_norm")
+_WORDS = {str: "a text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
 _FRACTIONS = ("warmup_ratio", "floor_ratio")
 
 
@@ -52,8 +53,10 @@ class TrainConfig:
     """Connector recipe, such as `pixel_shuffle:factor=2+mlp`."""
     llm: str | None = None
     """Hub id or folder of the language model."""
+    tiler: str | None = None
+    """Name of the tiler, such as `anyres`; None for one view an image."""
     model: str | None = None
-    """Folder of a saved model to start from, in place of encoder, connector and llm."""
+    """Folder of a saved model to start from, in place of encoder, connector, llm and tiler."""
     stage: str = "stage-1"
     """Name of the stage policy that says what trains."""
     steps: int | None = None
@@ -106,13 +109,17 @@ class TrainConfig:
             _check_range(field.name, value)
         if self.steps is not None and self.epochs is not None:
             raise VlmError(f"steps={self.steps} and epochs={self.epochs} both set the length; give one of them")
-        parts = [name for name in ("encoder", "connector", "llm") if getattr(self, name) is not None]
+        parts = [name for name in ("encoder", "connector", "llm", "tiler") if getattr(self, name) is not None]
         if self.model is not None and parts:
             raise VlmError(f"model='{self.model}' has its own {', '.join(parts)}; give the model or its parts")
 
     @classmethod
-    def from_toml(cls, path: str | Path) -> Self:
+    def from_toml(cls, path: str | Path, **given: Any) -> Self:
         """Read a configuration whose keys are the fields of this class.
+
+        Args:
+            path: the TOML file.
+            **given: settings that stand over those of the file.
 
         Raises:
             VlmError: the file cannot be read, is not TOML, or has an unknown, missing or wrong key.
@@ -124,14 +131,15 @@ class TrainConfig:
         except UnicodeDecodeError as error:
             raise VlmError(f"{path}: is not UTF-8 text at byte {error.start}; save it as UTF-8") from error
         except tomllib.TOMLDecodeError as error:
-            raise VlmError(f"{path}: is not TOML: {error}; strings need quotes, true and false small letters") from error
+            raise VlmError(f"{path}: is not TOML: {error}; write each line as key = value, texts in quotes") from error
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
                 raise VlmError(f"{path}: no setting '{key}'; {nearest(key, known)}")
+        values |= given
         missing = [name for name in ("data", "image_folder", "output") if name not in values]
         if missing:
-            raise VlmError(f"{path}: lacks {', '.join(missing)}; add a line such as {missing[0]} = \"...\"")
+            raise VlmError(f'{path}: lacks {", ".join(missing)}; add a line such as {missing[0]} = "..."')
         try:
             return cls(**values)
         except VlmError as error:
@@ -144,7 +152,7 @@ class TrainConfig:
 
 def _check_type(name: str, value: object, hint: Any) -> None:
     options = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
-    words = []
+    words: list[str] = []
     for option in options:
         if get_origin(option) is Literal:
             if value in get_args(option):
@@ -153,7 +161,7 @@ def _check_type(name: str, value: object, hint: Any) -> None:
         elif _is_a(value, option):
             return
         elif option is not type(None):
-            words.append({str: "a text in quotes", int: "a whole number", float: "a number", bool: "true or false"}[option])
+            words.append(_WORDS[option])
     raise VlmError(f"{name} must be {' or '.join(words)}, got {value!r} ({type(value).__name__})")
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from connectors.errors import VlmError
-from vlm_encoders.training.batches import Samples, iterate_batches, to_device
+from vlm_encoders.training.batches import Samples, iterate_batches
+from vlm_encoders.vlm.answer import answer
 
 if TYPE_CHECKING:
     from vlm_encoders.training.data import ConversationDataset
@@ -64,20 +65,19 @@ def exact_match(
     with _evaluating(model):
         for first in range(0, len(dataset), batch_size):
             indices = range(first, min(first + batch_size, len(dataset)))
-            answers = _generate(model, processor, dataset, list(indices), max_new_tokens)
-            for index, answer in zip(indices, answers, strict=True):
+            prompts = [processor.prompt(dataset.messages(index)[:-1], dataset.images(index)) for index in indices]
+            texts = answer(model, processor, prompts, do_sample=False, max_new_tokens=max_new_tokens)
+            for index, generated in zip(indices, texts, strict=True):
                 *_, question, expected = dataset.messages(index)
                 text = question["content"].replace(processor.image_token, "").strip()
                 predictions.append(
-                    Prediction(dataset.sample_id(index), text, _as_written(processor, expected["content"]), answer)
+                    Prediction(dataset.sample_id(index), text, _as_written(processor, expected["content"]), generated)
                 )
     right = sum(prediction.answer == prediction.expected for prediction in predictions)
     return EvalResult(right / len(predictions), predictions)
 
 
-def mean_loss(
-    model: VisionLanguageModel, processor: VLMProcessor, dataset: Samples, *, batch_size: int = 8
-) -> float:
+def mean_loss(model: VisionLanguageModel, processor: VLMProcessor, dataset: Samples, *, batch_size: int = 8) -> float:
     """Measure the mean loss over all supervised tokens of a dataset.
 
     Raises:
@@ -107,36 +107,6 @@ def summed_loss(
             total += float(output.loss) * int(output.num_supervised)
             supervised += int(output.num_supervised)
     return total, supervised
-
-
-def _generate(
-    model: VisionLanguageModel,
-    processor: VLMProcessor,
-    dataset: ConversationDataset,
-    indices: list[int],
-    max_new_tokens: int,
-) -> list[str]:
-    tokenizer = processor.tokenizer
-    samples = [processor.prompt(dataset.messages(index)[:-1], dataset.images(index)) for index in indices]
-    batch = to_device(processor.collate(samples, padding_side="left"), model.device)
-    del batch["labels"]
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ids = model.generate(
-        **batch,
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=_end_ids(model, tokenizer.eos_token_id),
-        pad_token_id=pad,
-    )
-    texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [text.strip() for text in texts]
-
-
-def _end_ids(model: VisionLanguageModel, end_of_turn: int | None) -> list[int] | None:
-    # A chat model may end its turn by another token than its base model ends a text.
-    own = getattr(getattr(model.llm, "generation_config", None), "eos_token_id", None)
-    ids = {end_of_turn, *(own if isinstance(own, list) else [own])}
-    return sorted(identity for identity in ids if identity is not None) or None
 
 
 def _as_written(processor: VLMProcessor, text: str) -> str:

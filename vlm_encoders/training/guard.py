@@ -53,12 +53,13 @@ class FreezeGuard:
         return moved
 
     def _hashes(self, model: VisionLanguageModel, *, trained: bool) -> dict[Part, str]:
-        return {
-            part: module_hash(
-                {name: tensor for name, tensor in _tensors(model, part).items() if (name in self._trained[part]) is trained}
+        hashes: dict[Part, str] = {}
+        for part in PARTS:
+            tensors = _tensors(model, part)
+            hashes[part] = module_hash(
+                {name: tensors[name] for name in tensors if (name in self._trained[part]) is trained}
             )
-            for part in PARTS
-        }
+        return hashes
 
 
 def _tensors(model: VisionLanguageModel, part: Part) -> dict[str, Tensor]:

@@ -76,7 +76,8 @@ class SeededBatches:
     def step_batches(self, step: int) -> list[list[int]]:
         """Give the sample indices of the batches of one step."""
         size = self.batch_size
-        firsts = [((step * self.accumulation + turn) * self.world + self.rank) * size for turn in range(self.accumulation)]
+        turns = range(step * self.accumulation, (step + 1) * self.accumulation)
+        firsts = [(turn * self.world + self.rank) * size for turn in turns]
         return [[self._at(place) for place in range(first, first + size)] for first in firsts]
 
     def _at(self, place: int) -> int:

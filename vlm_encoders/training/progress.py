@@ -8,10 +8,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeAlias
 
+from connectors.errors import VlmError
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["LogEntry", "RunProgress", "write_log"]
+__all__ = ["LogEntry", "RunProgress", "trim_log", "write_log"]
 
 LogEntry: TypeAlias = dict[str, float]
 """step, loss, grad_norm, lr_<part>, tokens_per_second, seconds_left, and eval_loss where it was measured."""
@@ -35,10 +37,11 @@ class RunProgress:
             self._bar = _make_bar()
             self._task = self._bar.add_task("training", total=total, completed=done, loss="-", speed="-")
 
-    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+    def step(self, entry: LogEntry) -> None:
         """Move the bar to a step that is done."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", speed=f"{tokens_per_second:,.0f}")
+            loss, speed = f"{entry['loss']:.4f}", f"{entry['tokens_per_second']:,.0f}"
+            self._bar.update(self._task, completed=entry["step"], loss=loss, speed=speed)
 
     def log(self, entry: LogEntry) -> None:
         """Write a log line where there is no bar."""
@@ -61,9 +64,25 @@ class RunProgress:
 
 
 def write_log(path: Path, entry: LogEntry) -> None:
-    """Add an entry to a log of one JSON object a line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+    """Add an entry to a log of one JSON object a line.
+
+    Raises:
+        VlmError: the log cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        raise VlmError(f"the log '{path}' cannot be written ({error.strerror}); free some space and resume") from error
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Drop what a log says of steps after `step`, which a resumed run takes again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept), encoding="utf-8")
 
 
 def _make_bar() -> Progress:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import random
 import re
 import shutil
 from contextlib import suppress
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from connectors.errors import VlmError
@@ -25,10 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RunState",
+    "checkpoint_to_resume",
     "checkpoints",
     "load_state",
-    "random_state",
-    "restore_random_state",
     "restore_weights",
     "save_checkpoint",
     "weights_to_save",
@@ -72,11 +69,11 @@ class RunState:
     random: list[dict[str, Any]]
     frozen: dict[Part, str]
 
-    def check(self, config: TrainConfig, world: int, samples: int, frozen: dict[Part, str]) -> None:
+    def check_settings(self, config: TrainConfig, world: int, samples: int) -> None:
         """Refuse to go on with a run that is not this one.
 
         Raises:
-            VlmError: settings, processes, data or frozen weights differ.
+            VlmError: settings, number of processes or of samples differ.
         """
         for name, now in config.to_dict().items():
             if name not in _FREE and self.config.get(name) != now:
@@ -88,15 +85,40 @@ class RunState:
             raise VlmError(f"the checkpoint was made by {self.world} processes, now there are {world}; use as many")
         if self.samples != samples:
             raise VlmError(f"the checkpoint was made with {self.samples} samples, the dataset has {samples} now")
+
+    def check_frozen(self, frozen: dict[Part, str]) -> None:
+        """Refuse to go on with frozen weights that are not those of the run.
+
+        Raises:
+            VlmError: the hash of a part's frozen tensors differs.
+        """
         for part, digest in self.frozen.items():
             if frozen[part] != digest:
-                raise VlmError(f"the frozen weights of the {part} are not those of the checkpoint; load the same {part}")
+                raise VlmError(f"the frozen weights of the {part} are not those of the checkpoint; load the same ones")
 
 
 def checkpoints(output: Path) -> list[Path]:
     """List the whole checkpoints of a run, oldest first."""
     found = {int(match[1]): path for path in output.glob("step-*") if (match := re.fullmatch(r"step-(\d+)", path.name))}
     return [found[step] for step in sorted(found) if (found[step] / STATE_FILE).is_file()]
+
+
+def checkpoint_to_resume(output: Path, *, resume: bool | str | Path) -> Path | None:
+    """Find the checkpoint that a run begins from; None for a new run.
+
+    Raises:
+        VlmError: there is none to resume from, or a new run would write over an old one.
+    """
+    if not isinstance(resume, bool):
+        return Path(resume)
+    present = checkpoints(output)
+    if resume and not present:
+        raise VlmError(f"'{output}' holds no checkpoint to resume from; run without resume, or give its folder")
+    if present and not resume:
+        raise VlmError(
+            f"'{output}' holds checkpoints up to '{present[-1].name}' already; resume from them, or give another output"
+        )
+    return present[-1] if resume else None
 
 
 def save_checkpoint(
@@ -137,7 +159,7 @@ def load_state(folder: Path) -> RunState:
     try:
         return RunState(**torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True))
     except (OSError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise VlmError(f"'{folder}' holds no training state that can be read; give a folder such as step-000100") from error
+        raise VlmError(f"'{folder}' holds no readable training state; give a folder such as step-000100") from error
 
 
 def weights_to_save(model: VisionLanguageModel) -> dict[str, torch.Tensor]:
@@ -160,26 +182,6 @@ def restore_weights(model: VisionLanguageModel, weights: dict[str, torch.Tensor]
             "unexpected or of another shape; build the same model and stage"
         )
     model.load_state_dict(weights, strict=False)
-
-
-def random_state() -> dict[str, Any]:
-    """Give the random states of this process."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
-    return {
-        "python": random.getstate(),
-        "numpy": (name, np.asarray(keys).tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Put the random states of this process back."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _frozen_names(model: VisionLanguageModel) -> set[str]:

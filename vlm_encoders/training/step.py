@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
     from vlm_encoders.vlm.model import VisionLanguageModel
 
-__all__ = ["StepResult", "SummedLoss", "take_step"]
+__all__ = ["StepError", "StepResult", "SummedLoss", "take_step"]
+
+
+class StepError(VlmError):
+    """A step that cannot be taken because of what its samples gave."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,13 @@ class SummedLoss(nn.Module):
         self.autocast = autocast
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
-        """Run one batch, the keyword arguments of the model's `forward`."""
+        """Run one batch, the keyword arguments of the model's `forward`.
+
+        Raises:
+            StepError: no token of the batch is supervised.
+        """
+        if not bool((batch["labels"][:, 1:] != -100).any()):
+            raise StepError("no token of the batch is supervised, so it has no loss; check the answers of its samples")
         device = batch["input_ids"].device.type
         with torch.autocast(device, dtype=self.autocast) if self.autocast else nullcontext():
             output = self.model(**batch)
@@ -82,7 +92,8 @@ def take_step(
     processes, as if they had been one batch.
 
     Raises:
-        VlmError: loss or gradient is not finite; the weights have not moved.
+        StepError: loss or gradient is not finite, the weights have not moved; or nothing
+            is supervised.
     """
     optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros(3, dtype=torch.float64)
@@ -102,8 +113,8 @@ def take_step(
     norm = float(accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf))
     for name, value in (("loss", mean), ("gradient norm", norm)):
         if not math.isfinite(value):
-            raise VlmError(
-                f"the {name} is {value}; lower learning_rate, use mixed_precision 'bf16' or 'no', and look at the samples"
+            raise StepError(
+                f"the {name} is {value}; lower learning_rate, load the model in float32, and look at these samples"
             )
     optimizer.step()
     return StepResult(mean, norm, int(tokens))

@@ -28,7 +28,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     try:
         recover(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        # What a killed save left behind.
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir()
         yield temporary
         _sync(temporary)
@@ -38,18 +40,22 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         _sync_path(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
+        recover(folder)
         shutil.rmtree(temporary, ignore_errors=True)
         if _is_write_failure(error):
-            kept = "the checkpoint there is untouched" if folder.exists() else "nothing was left behind"
-            raise VlmError(f"cannot save to '{folder}': {error}; {kept}, free some space and save again") from error
+            kept = "what was there is untouched" if folder.exists() else "nothing was left behind"
+            raise VlmError(
+                f"cannot save to '{folder}': {error}; {kept}, free some space or save to another place"
+            ) from error
         raise
 
 
 def recover(folder: Path) -> None:
     """Put back what a save that was killed between its two renames had moved aside."""
-    old = _beside(folder.absolute(), "old")
+    folder = folder.absolute()
+    old = _beside(folder, "old")
     if old.exists() and not folder.exists():
-        old.rename(folder.absolute())
+        old.rename(folder)
 
 
 def _is_write_failure(error: BaseException) -> bool:
@@ -62,9 +68,8 @@ def _beside(folder: Path, word: str) -> Path:
 
 
 def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            _sync_path(path)
+    for path in (*folder.rglob("*"), folder):
+        _sync_path(path)
 
 
 def _sync_path(path: Path) -> None:

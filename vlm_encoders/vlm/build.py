@@ -29,7 +29,7 @@ def build_model(
     dtype: torch.dtype | None = None,
     max_length: int | None = None,
 ) -> tuple[VisionLanguageModel, VLMProcessor]:
-    """Plug an encoder into an LLM: the model, and the processor that feeds it.
+    """Plug an encoder into an LLM: the model in eval mode, and the processor that feeds it.
 
     Args:
         encoder: as `create_encoder` takes it.
@@ -58,7 +58,7 @@ def build_model(
         image_token_id=processor.image_token_id,
         layout=processor.tiler.layout,
     )
-    return model, processor
+    return model.eval(), processor
 
 
 def load_llm(source: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any]:
@@ -69,18 +69,34 @@ def load_llm(source: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.M
         dtype: of the parameters; None for float32.
 
     Raises:
-        VlmError: there is no such model here, and no network to fetch it.
+        VlmError: there is no such model here and no network to fetch it, or it lacks weights.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    place = str(Path(source).expanduser())
+    if Path(place).is_absolute() and not Path(place).is_dir():
+        raise VlmError(f"the LLM folder '{place}' does not exist; give a folder with model and tokenizer, or a hub id")
+    what = "tokenizer"
     try:
-        llm: nn.Module = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype or torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        # First what is small: a folder without it is refused before gigabytes are read.
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        what = "model"
+        llm, report = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype or torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
         raise VlmError(
-            f"the LLM '{source}' cannot be loaded ({first}); give a folder with model and tokenizer, a hub id, "
-            "or set HF_HOME to a cache that holds it"
+            f"the {what} of the LLM '{source}' cannot be loaded ({first}); give a folder with model and tokenizer, "
+            "a hub id, or set HF_HOME to a cache that holds it"
         ) from error
-    return llm, tokenizer
+    lacking = sorted(report["missing_keys"])
+    if lacking:
+        raise VlmError(
+            f"the weights of the LLM '{source}' lack {len(lacking)} tensors, such as {lacking[0]}, which would be "
+            "random; give a checkpoint of a causal LM"
+        )
+    loaded: nn.Module = llm
+    return loaded, tokenizer

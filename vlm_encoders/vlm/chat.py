@@ -22,9 +22,12 @@ VICUNA_TEMPLATE = (
     "{% if message['role'] == 'system' %}{{ message['content'] + ' ' }}"
     "{% elif message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
     "{% else %}{{ 'ASSISTANT: ' + message['content'] }}{{ eos_token | default('') }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-"""For tokenizers without a chat template: the turns of Vicuna v1.1, as in LLaVA-1.5."""
+"""For tokenizers without a chat template: the turns of Vicuna v1.1, as in LLaVA-1.5.
+
+The prompt ends without a space: it belongs to the answer's first token.
+"""
 
 IGNORED = -100
 
@@ -37,7 +40,7 @@ def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bo
     """
     from jinja2.exceptions import TemplateError
 
-    template = tokenizer.chat_template or VICUNA_TEMPLATE
+    template = None if tokenizer.chat_template else VICUNA_TEMPLATE
     try:
         text = tokenizer.apply_chat_template(
             list(messages), chat_template=template, tokenize=False, add_generation_prompt=generation_prompt
@@ -68,8 +71,9 @@ def answer_spans(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list
         after = render(tokenizer, messages[: index + 1])
         if not (text.startswith(before) and text.startswith(after) and len(after) > len(before)):
             raise VlmError(
-                f"the chat template writes turn {index + 1} differently once it is answered, so its answer cannot "
-                "be told from the question; set a template that only appends"
+                f"the chat template writes the turns up to answer {index + 1} differently once more follows, so the "
+                "answer cannot be told from the question; set tokenizer.chat_template to one that only appends, such "
+                "as VICUNA_TEMPLATE"
             )
         spans.append((len(before), len(_without_space_after_the_turn(tokenizer, after))))
     return text, spans
@@ -78,7 +82,9 @@ def answer_spans(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list
 def _without_space_after_the_turn(tokenizer: Any, text: str) -> str:
     # What follows the end-of-turn token is never generated, so it must not be learned.
     stripped = text.rstrip()
-    return stripped if stripped.endswith(tuple(tokenizer.all_special_tokens)) else text
+    # Some mark the end of a turn by an added token that is none of the named special ones.
+    marks = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
+    return stripped if stripped.endswith(marks) else text
 
 
 def tokenize_with_labels(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[int]]:

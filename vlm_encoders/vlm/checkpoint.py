@@ -8,198 +8,170 @@ built from its source again and held to its hash.
 
 from __future__ import annotations
 
-import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connectors.errors import VlmError
-from connectors.recipe import build_connector, recipe_of
+from connectors.recipe import build_connector
 from connectors.tokens import TokenSpec
 from vlm_encoders.tiling.layout import TileLayout
 from vlm_encoders.vlm.atomic import atomic_folder, recover
-from vlm_encoders.vlm.fingerprint import module_hash
-from vlm_encoders.vlm.stages import PARTS, Part
+from vlm_encoders.vlm.manifest import MANIFEST, describe_checkpoint, read_manifest, saved_spec, write_manifest
+from vlm_encoders.vlm.part_weights import fill_part, part_hashes, save_adapter, save_llm, save_part
+from vlm_encoders.vlm.stages import PARTS, has_adapter
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
-    from vlm_encoders.encoder import Encoder
+    from torch import nn
 
+    from connectors.base import Connector
+    from vlm_encoders.encoder import Encoder
     from vlm_encoders.vlm.model import VisionLanguageModel
 
 __all__ = ["load_model", "part_hashes", "save_model"]
 
-FORMAT = 1
-MANIFEST = "model.json"
-
-
-def part_hashes(model: VisionLanguageModel) -> dict[Part, str]:
-    """Give the SHA-256 of each part's tensors: names, dtypes, shapes and bytes."""
-    return {part: module_hash(_tensors(model, part)) for part in PARTS}
+_PROCESSOR = "processor"
+_OWN = {MANIFEST, "connector.safetensors", "encoder.safetensors", "llm", "adapter", _PROCESSOR}
 
 
 def save_model(model: VisionLanguageModel, folder: Path) -> None:
     """Save a model to a folder; an existing checkpoint there is replaced only once the new one is whole.
 
+    A processor that was saved into the folder stays.
+
     Args:
         model: the model.
-        folder: the checkpoint's folder.
+        folder: the checkpoint's folder: new, empty, or an earlier checkpoint.
 
     Raises:
-        VlmError: it cannot be written, or a connector has no registered name.
+        VlmError: it cannot be written, or the folder holds other things.
     """
-    from safetensors.torch import save_file
-
-    hashes = part_hashes(model)
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "image_token_id": model.image_token_id,
-        "layout": {"unpad": model.layout.unpad, "newline": model.layout.newline},
-        "stage": model.stage.name if model.stage else None,
-        "trained": sorted(model.trained),
-        "encoder": {"origin": model.encoder.origin, "spec": model.encoder.spec.name, **_stored(model.encoder)},
-        "connector": _connector_entry(model),
-        "llm": {"source": _source(model.llm), "adapter": hasattr(model.llm, "peft_config"), **_stored(model.llm)},
-    }
-    for part in PARTS:
-        manifest[part]["sha256"] = hashes[part]
-    manifest["encoder"]["saved"] = "encoder" in model.trained or not _rebuilds(model.encoder.origin)
-    manifest["llm"]["saved"] = "llm" in model.trained or not manifest["llm"]["source"]
-    with atomic_folder(folder) as part_folder:
-        save_file(_contiguous(_tensors(model, "connector")), part_folder / "connector.safetensors")
+    _refuse_other_contents(folder)
+    manifest = describe_checkpoint(model)
+    for part, digest in part_hashes(model).items():
+        manifest[part]["sha256"] = digest
+    with atomic_folder(folder) as inside:
+        save_part(model, "connector", inside / "connector.safetensors")
         if manifest["encoder"]["saved"]:
-            save_file(_contiguous(_tensors(model, "encoder")), part_folder / "encoder.safetensors")
+            save_part(model, "encoder", inside / "encoder.safetensors")
+        if manifest["llm"]["saved"]:
+            save_llm(model.llm, inside / "llm")
         if manifest["llm"]["adapter"]:
-            model.llm.save_pretrained(part_folder / "adapter")  # type: ignore[operator]
-        elif manifest["llm"]["saved"]:
-            model.llm.save_pretrained(part_folder / "llm")  # type: ignore[operator]
-        (part_folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+            save_adapter(model.llm, inside / "adapter")
+        if (folder / _PROCESSOR).is_dir():
+            shutil.copytree(folder / _PROCESSOR, inside / _PROCESSOR)
+        write_manifest(inside, manifest)
 
 
 def load_model(
-    folder: Path, *, encoder: Encoder | None = None, llm: nn.Module | str | None = None
+    folder: Path,
+    *,
+    encoder: Encoder | None = None,
+    connector: Connector | None = None,
+    llm: nn.Module | str | None = None,
 ) -> VisionLanguageModel:
-    """Load a model that `save_model` wrote.
+    """Load a model that `save_model` wrote, in eval mode.
 
     Args:
         folder: the checkpoint's folder.
         encoder: the encoder to use; None builds the one of the checkpoint.
+        connector: a connector of a class that has no registered name; None builds the recipe.
         llm: the LLM, or where it is now; None takes it from the checkpoint or its source.
 
     Raises:
         VlmError: the folder is no checkpoint, or a part is not the one that it was trained with.
     """
-    from safetensors.torch import load_file
-
     from vlm_encoders.vlm.model import VisionLanguageModel
 
     recover(folder)
-    manifest = _read_manifest(folder)
-    encoder = encoder or _build_encoder(manifest["encoder"])
-    in_spec = _spec_from(manifest["connector"]["in_spec"])
+    manifest = read_manifest(folder)
+    encoder = encoder or _build_encoder(folder, manifest["encoder"])
+    in_spec = saved_spec(manifest["connector"]["in_spec"])
     if encoder.token_spec != in_spec:
         raise VlmError(
-            f"checkpoint '{folder}' was made with '{manifest['encoder']['spec']}' ({_words(in_spec)}), the encoder "
-            f"given is '{encoder.spec.name}' ({_words(encoder.token_spec)}); build the same one"
+            f"checkpoint '{folder}' was made with encoder '{manifest['encoder']['name']}' ({_words(in_spec)}), the "
+            f"encoder given is '{encoder.spec.name}' ({_words(encoder.token_spec)}); build the same one"
         )
-    language_model = _build_llm(folder, manifest["llm"], llm)
-    connector = build_connector(manifest["connector"]["recipe"], in_spec, manifest["connector"]["out_dim"])
     model = VisionLanguageModel(
         encoder,
-        connector.to(_dtype(manifest["connector"]["dtype"])),
-        language_model,
+        connector or _build_connector(folder, manifest["connector"]),
+        _build_llm(folder, manifest["llm"], llm),
         image_token_id=manifest["image_token_id"],
         layout=TileLayout(**manifest["layout"]),
     )
     if manifest["encoder"]["saved"]:
-        _fill(model, "encoder", load_file(folder / "encoder.safetensors"), folder)
-    _fill(model, "connector", load_file(folder / "connector.safetensors"), folder)
-    model.trained = set(manifest["trained"])
+        fill_part(model, "encoder", folder / "encoder.safetensors")
+    fill_part(model, "connector", folder / "connector.safetensors")
+    # What has no source of its own but a checkpoint must be saved again with the next one.
+    model.trained = {*manifest["trained"], *(part for part in PARTS if manifest[part].get("saved"))}
     _verify(model, manifest, folder)
     return model.eval()
 
 
+def _refuse_other_contents(folder: Path) -> None:
+    others = sorted(path.name for path in folder.iterdir() if path.name not in _OWN) if folder.is_dir() else []
+    if others:
+        raise VlmError(
+            f"'{folder}' holds {len(others)} things that are no part of a checkpoint, such as '{others[0]}', and a "
+            "checkpoint replaces its whole folder; save to a new one"
+        )
+
+
 def _verify(model: VisionLanguageModel, manifest: dict[str, Any], folder: Path) -> None:
     for part, digest in part_hashes(model).items():
-        if digest != manifest[part]["sha256"]:
-            origin = manifest["encoder"]["spec"] if part == "encoder" else manifest[part].get("source")
+        wanted = manifest[part]["sha256"]
+        if digest != wanted:
             raise VlmError(
-                f"the {part} ('{origin}') is not the one that checkpoint '{folder}' was trained with: its weights have "
-                f"SHA-256 {digest[:12]}, the checkpoint says {manifest[part]['sha256'][:12]}; load the same weights"
+                f"the {part} '{manifest[part]['name']}' is not the one that checkpoint '{folder}' was saved with: its "
+                f"weights have SHA-256 {digest[:12]}, the checkpoint says {wanted[:12]}; load the same weights"
             )
 
 
-def _build_encoder(entry: dict[str, Any]) -> Encoder:
+def _build_encoder(folder: Path, entry: dict[str, Any]) -> Encoder:
     from vlm_encoders.registry import create_encoder
 
     if not entry["origin"]:
-        raise VlmError(f"the encoder '{entry['spec']}' was not made by create_encoder; build it and pass encoder=")
+        raise VlmError(f"the encoder '{entry['name']}' was not made by create_encoder; build it and pass encoder=")
     options = dict(entry["origin"])
     if entry["saved"]:
         # Its weights lie in the checkpoint: nothing is fetched.
         options["pretrained"] = False
-    return create_encoder(**options).to(_dtype(entry["dtype"]))
+    try:
+        return create_encoder(**options).to(_dtype(entry["dtype"]))
+    except VlmError as error:
+        raise VlmError(f"the encoder of checkpoint '{folder}' cannot be built: {error}; or pass encoder=") from error
+
+
+def _build_connector(folder: Path, entry: dict[str, Any]) -> Connector:
+    if entry["recipe"] is None:
+        raise VlmError(
+            f"the connector of checkpoint '{folder}' is a '{entry['name']}' without a registered name; build it and "
+            "pass connector=, or decorate its class with @register_connector"
+        )
+    chain = build_connector(entry["recipe"], saved_spec(entry["in_spec"]), entry["out_dim"])
+    return chain if entry["chain"] else chain.connectors[0]
 
 
 def _build_llm(folder: Path, entry: dict[str, Any], llm: nn.Module | str | None) -> nn.Module:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if llm is None or isinstance(llm, str):
-        inside = folder / "llm"
-        source = llm or (str(inside) if inside.is_dir() else entry["source"])
+        source = llm or (str(folder / "llm") if entry["saved"] else entry["source"])
         try:
             llm = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(entry["dtype"]))
-        except OSError as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise VlmError(
-                f"the LLM '{source}' of checkpoint '{folder}' cannot be loaded; pass llm= with its place"
+                f"the LLM '{source}' of checkpoint '{folder}' cannot be loaded; pass llm= with the place "
+                "where it is now"
             ) from error
-    if entry["adapter"]:
+    loaded: nn.Module = llm  # type: ignore[assignment]
+    if entry["adapter"] and not has_adapter(loaded):
         from peft import PeftModel
 
-        llm = PeftModel.from_pretrained(llm, folder / "adapter", is_trainable=True)
-    loaded: nn.Module = llm
+        loaded = PeftModel.from_pretrained(loaded, folder / "adapter", is_trainable=True)
     return loaded
-
-
-def _fill(model: VisionLanguageModel, part: Part, saved: dict[str, Tensor], folder: Path) -> None:
-    import torch
-
-    own = _tensors(model, part)
-    wrong = sorted(own.keys() ^ saved.keys()) or [key for key in own if own[key].shape != saved[key].shape]
-    if wrong:
-        raise VlmError(
-            f"the {part} of checkpoint '{folder}' does not fit: {', '.join(wrong[:4])} "
-            f"({len(wrong)} in all) are missing, unexpected or of another shape; build the same {part}"
-        )
-    with torch.no_grad():
-        for key, tensor in saved.items():
-            own[key].copy_(tensor)
-
-
-def _tensors(model: VisionLanguageModel, part: Part) -> dict[str, Tensor]:
-    tensors = dict(model.part_module(part).state_dict())
-    if part == "connector" and model.newline is not None:
-        tensors["newline"] = model.newline.detach()
-    return tensors
-
-
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _connector_entry(model: VisionLanguageModel) -> dict[str, Any]:
-    spec = model.encoder.token_spec
-    return {
-        "recipe": recipe_of(model.connector, model.token_spec.dim),
-        "in_spec": [spec.num_tokens, spec.dim, spec.grid, spec.num_prefix],
-        "out_dim": model.token_spec.dim,
-        **_stored(model.connector),
-    }
-
-
-def _stored(module: nn.Module) -> dict[str, str]:
-    first = next(module.parameters(), None)
-    return {"dtype": "float32" if first is None else str(first.dtype).removeprefix("torch.")}
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -209,31 +181,5 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _source(llm: nn.Module) -> str:
-    return str(getattr(llm.config, "_name_or_path", "") or "")
-
-
-def _rebuilds(origin: dict[str, Any]) -> bool:
-    return bool(origin) and origin["pretrained"] is not False
-
-
-def _spec_from(entry: list[Any]) -> TokenSpec:
-    num_tokens, dim, grid, num_prefix = entry
-    return TokenSpec(num_tokens, dim, None if grid is None else (grid[0], grid[1]), num_prefix)
-
-
 def _words(spec: TokenSpec) -> str:
     return f"{spec.num_tokens} tokens of width {spec.dim}"
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise VlmError(f"'{folder}' is no model checkpoint: {MANIFEST} is missing or broken") from error
-    if manifest.get("format") != FORMAT:
-        raise VlmError(
-            f"checkpoint '{folder}' has format {manifest.get('format')}, this version reads {FORMAT}; "
-            "update vlm-encoders"
-        )
-    return manifest

@@ -12,7 +12,7 @@ from vlm_encoders.vlm.stages import PARTS, Part
 if TYPE_CHECKING:
     from vlm_encoders.vlm.model import VisionLanguageModel
 
-__all__ = ["PartReport", "describe_parts"]
+__all__ = ["ModelReport", "PartReport", "describe_parts"]
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,35 @@ class PartReport:
     tokens: str
 
 
-def describe_parts(model: VisionLanguageModel) -> list[PartReport]:
+class ModelReport(tuple[PartReport, ...]):
+    """The rows of `describe`, one a part; printed, a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        """Write the rows as aligned columns."""
+        head = ("part", "class", "parameters", "trainable", "dtype", "lr", "mode", "tokens of a view")
+        lines = [head, *(_cells(row) for row in self)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        numbers = {2, 3}
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if place in numbers else cell.ljust(width)
+                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+
+def describe_parts(model: VisionLanguageModel) -> ModelReport:
     """Report each part of a model as it stands, not as it was configured."""
-    return [_report(model, part) for part in PARTS]
+    return ModelReport(_report(model, part) for part in PARTS)
+
+
+def _cells(row: PartReport) -> tuple[str, ...]:
+    rate = "-" if row.lr is None else f"{row.lr:g}"
+    numbers = f"{row.parameters:,}", f"{row.trainable:,}"
+    return (row.part, row.module, *numbers, row.dtype, rate, row.mode, row.tokens or "-")
 
 
 def _report(model: VisionLanguageModel, part: Part) -> PartReport:

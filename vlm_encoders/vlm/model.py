@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from vlm_encoders.encoder import Encoder
 
 from connectors.base import Connector
-from connectors.errors import TokenShapeError, VlmError
-from connectors.tokens import TokenSpec
+from connectors.errors import TokenShapeError
+from connectors.tokens import TokenSpec, VisualTokens
+from vlm_encoders.encoder import Encoder
 from vlm_encoders.tiling.layout import TileLayout
-from vlm_encoders.tiling.plan import TilePlan
-from vlm_encoders.vlm.describe import PartReport, describe_parts
+from vlm_encoders.tiling.plan import TilePlan, whole_image
+from vlm_encoders.vlm.describe import ModelReport, describe_parts
+from vlm_encoders.vlm.language import VLMOutput, predict, require_left_padding
 from vlm_encoders.vlm.placeholders import fill_placeholders
-from vlm_encoders.vlm.stages import Part, StagePolicy, frozen_modules, trained_blocks
+from vlm_encoders.vlm.stages import Part, StagePolicy, TrainedPart, hold_frozen
 
 __all__ = ["VLMOutput", "VisionLanguageModel"]
-
-
-@dataclass(frozen=True)
-class VLMOutput:
-    """What a forward pass gives.
-
-    Attributes:
-        loss: mean cross-entropy over the supervised tokens, fp32; None without labels.
-        logits: (B, T, vocabulary) without labels; with labels only those that predict
-            a supervised token, (supervised, vocabulary), in the order of the batch.
-        num_supervised: supervised tokens of the batch; 0 without labels.
-    """
-
-    loss: Tensor | None
-    logits: Tensor
-    num_supervised: int
 
 
 class VisionLanguageModel(nn.Module):
@@ -50,6 +33,12 @@ class VisionLanguageModel(nn.Module):
         image_token_id: the id that stands at image places, as in `VLMProcessor.image_token_id`;
             it may lie outside the LLM's vocabulary.
         layout: how tiles become one sequence; None for one view an image.
+
+    Attributes:
+        stage: the stage that `apply_stage` applied last, or None.
+        trained: what a stage has trained, so that it is no longer what its source holds.
+        token_spec: the tokens of one view as they leave the connector.
+        newline: the learned vector (H,) at row ends, where the layout has one.
 
     Raises:
         TokenShapeError: the connector cannot take the encoder's tokens, or does not
@@ -72,7 +61,7 @@ class VisionLanguageModel(nn.Module):
         self.image_token_id = image_token_id
         self.layout = layout or TileLayout(unpad=False, newline=False)
         self.stage: StagePolicy | None = None
-        self.trained: set[Part] = set()
+        self.trained: set[TrainedPart] = set()
         self.token_spec = self._checked_spec()
         self.newline: nn.Parameter | None = None
         if self.layout.newline:
@@ -101,14 +90,12 @@ class VisionLanguageModel(nn.Module):
             One (n, H) tensor an image.
 
         Raises:
-            VlmError: the plans do not add up to V views.
+            TokenShapeError: the plans do not add up to V views.
         """
-        visual = self.connector(self.encoder(pixel_values.to(self._encoder_dtype)))
+        visual = self._visual_tokens(pixel_values)
         if plans is None:
-            return list(visual.tokens)
-        views = sum(plan.num_views for plan in plans)
-        if views != pixel_values.shape[0]:
-            raise VlmError(f"the plans cut {views} views, {pixel_values.shape[0]} came; pass plans and pixels together")
+            height, width = pixel_values.shape[2:]
+            plans = [whole_image((height, width), height)] * pixel_values.shape[0]
         return self.layout.arrange(visual, plans, self.newline)
 
     def forward(
@@ -134,20 +121,7 @@ class VisionLanguageModel(nn.Module):
         Raises:
             VlmError: the image places and the images do not agree, or nothing is supervised.
         """
-        embeds = self._embed(input_ids, pixel_values, plans)
-        if labels is None:
-            logits: Tensor = self.llm(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False).logits
-            return VLMOutput(None, logits, 0)
-        predicts = torch.zeros_like(labels, dtype=torch.bool)
-        predicts[:, :-1] = labels[:, 1:] != -100
-        targets = labels[:, 1:][predicts[:, :-1]]
-        if targets.numel() == 0:
-            raise VlmError("the batch has no supervised token, so no loss; check that the samples hold answers")
-        if attention_mask is not None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
-            # Causal attention never looks at padding on the right, and without a mask takes its fast path.
-            attention_mask = None
-        logits = self._logits_at(predicts, embeds, attention_mask)
-        return VLMOutput(F.cross_entropy(logits.float(), targets), logits, targets.numel())
+        return predict(self.llm, self._embed(input_ids, pixel_values, plans), attention_mask, labels)
 
     @torch.no_grad()
     def generate(
@@ -169,9 +143,13 @@ class VisionLanguageModel(nn.Module):
 
         Returns:
             (B, new tokens): the new ids alone.
+
+        Raises:
+            VlmError: the image places and the images do not agree, or padding stands on the right.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        require_left_padding(attention_mask)
         embeds = self._embed(input_ids, pixel_values, plans)
         ids: Tensor = self.llm.generate(inputs_embeds=embeds, attention_mask=attention_mask, **options)  # type: ignore[operator]
         return ids
@@ -180,10 +158,7 @@ class VisionLanguageModel(nn.Module):
         """Set the mode of what the stage trains; what it froze stays in eval."""
         super().train(mode)
         if mode and self.stage is not None:
-            for module in frozen_modules(self, self.stage):
-                module.eval()
-            for block in trained_blocks(self, self.stage):
-                block.train()
+            hold_frozen(self, self.stage)
         return self
 
     def part_module(self, part: Part) -> nn.Module:
@@ -197,7 +172,7 @@ class VisionLanguageModel(nn.Module):
         if part == "connector" and self.newline is not None:
             yield "newline", self.newline
 
-    def describe(self) -> list[PartReport]:
+    def describe(self) -> ModelReport:
         """Say what each part is, what of it trains, and what leaves it for one view."""
         return describe_parts(self)
 
@@ -214,9 +189,16 @@ class VisionLanguageModel(nn.Module):
 
         return load_model(Path(folder), **options)
 
-    @property
-    def _encoder_dtype(self) -> torch.dtype:
-        return next(self.encoder.parameters()).dtype
+    def _visual_tokens(self, pixel_values: Tensor) -> VisualTokens:
+        pixels = pixel_values.to(_dtype_of(self.encoder) or pixel_values.dtype)
+        visual: VisualTokens = self.encoder(pixels)
+        dtype = _dtype_of(self.connector)
+        if dtype is not None and dtype != visual.tokens.dtype:
+            # A frozen encoder in bf16 before a connector that trains in fp32.
+            prefix = None if visual.prefix is None else visual.prefix.to(dtype)
+            visual = VisualTokens(visual.tokens.to(dtype), visual.grid, prefix)
+        projected: VisualTokens = self.connector(visual)
+        return projected
 
     def _checked_spec(self) -> TokenSpec:
         spec = self.connector.out_spec(self.encoder.token_spec)
@@ -233,16 +215,7 @@ class VisionLanguageModel(nn.Module):
         images = None if pixel_values is None else torch.cat(self.embed_images(pixel_values, plans))
         return fill_placeholders(text, images, places)
 
-    def _logits_at(self, places: Tensor, embeds: Tensor, attention_mask: Tensor | None) -> Tensor:
-        head: nn.Module = self.llm.get_output_embeddings()  # type: ignore[operator]
 
-        def keep_places(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (args[0][places][None], *args[1:])
-
-        # The LLM's own forward calls its head, so that scaled or soft-capped logits stay its own.
-        handle = head.register_forward_pre_hook(keep_places)
-        try:
-            logits: Tensor = self.llm(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False).logits
-        finally:
-            handle.remove()
-        return logits[0]
+def _dtype_of(module: nn.Module) -> torch.dtype | None:
+    first = next(module.parameters(), None)
+    return None if first is None else first.dtype

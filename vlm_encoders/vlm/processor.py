@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlm_encoders.encoder import Encoder
-from vlm_encoders.preprocess import ImageLike, Preprocessor, load_image
-
 from connectors.base import Connector
 from connectors.errors import VlmError
+from vlm_encoders.encoder import Encoder
+from vlm_encoders.preprocess import ImageLike, Preprocessor, load_image
 from vlm_encoders.tiling.anyres import Tiler, WholeImage, tiler_from_config
 from vlm_encoders.tiling.plan import TilePlan
 from vlm_encoders.vlm.atomic import atomic_folder
@@ -75,17 +74,12 @@ class VLMProcessor:
         max_length: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        size = encoder.spec.image_size
-        self.tiler = tiler or WholeImage(size[0])
+        self.tiler = tiler or WholeImage(encoder.spec.image_size[0])
         self.max_length = max_length
         self.token_spec = connector.out_spec(encoder.token_spec)
         self._preprocess = Preprocessor(encoder.spec)
         self.tiler.layout.check(self.token_spec)
-        if self.tiler.max_views > 1 and size != (self.tiler.tile_size, self.tiler.tile_size):
-            raise VlmError(
-                f"the tiler cuts tiles of {self.tiler.tile_size} px, '{encoder.spec.name}' takes {size[0]}x{size[1]}; "
-                f"build the tiler with tile_size={size[0]}"
-            )
+        self.tiler.check(encoder.spec)
         if self.image_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([self.image_token], special_tokens=True)
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(self.image_token)

@@ -8,7 +8,7 @@ arXiv 2310.03744, table 9) and LLaVA-NeXT (encoder unfrozen at a fifth of the LL
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from torch import nn
 
@@ -27,12 +27,15 @@ __all__ = [
     "Part",
     "PartPolicy",
     "StagePolicy",
+    "TrainedPart",
     "apply_stage",
     "trainable_parameters",
 ]
 
-Part = Literal["encoder", "connector", "llm"]
+Part: TypeAlias = Literal["encoder", "connector", "llm"]
 PARTS: tuple[Part, ...] = ("encoder", "connector", "llm")
+TrainedPart: TypeAlias = Part | Literal["adapter"]
+"""What can be trained: a part's own weights, or the low-rank adapters on the LLM."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,13 @@ def apply_stage(model: VisionLanguageModel, policy: StagePolicy) -> VisionLangua
     trained encoder, in eval mode.
 
     Args:
-        model: the model; LoRA adapters are added to its LLM where the stage asks for them.
+        model: the model; LoRA adapters are added to its LLM where the stage asks for them,
+            and merged into it where the stage trains the LLM itself.
         policy: the stage.
 
     Raises:
-        VlmError: the encoder has fewer blocks than `last_blocks`.
+        VlmError: the encoder has fewer blocks than `last_blocks`, or the LLM has adapters
+            of another rank.
     """
     blocks = model.encoder.blocks()
     last = policy.encoder.last_blocks
@@ -135,35 +140,41 @@ def apply_stage(model: VisionLanguageModel, policy: StagePolicy) -> VisionLangua
         raise VlmError(f"stage '{policy.name}' trains the last {last} blocks, the encoder has {len(blocks)}")
     if policy.llm.mode == "lora":
         _add_lora(model, policy.llm.lora_rank)
+    elif policy.llm.mode == "train" and has_adapter(model.llm):
+        # Left in place, they would stand frozen on weights that move beneath them.
+        model.llm = model.llm.merge_and_unload()  # type: ignore[operator]
     for part in PARTS:
         mode = policy.part(part).mode
         for name, parameter in model.part_parameters(part):
             is_adapter = "lora_" in name
             parameter.requires_grad_((mode == "train" and not is_adapter) or (mode == "lora" and is_adapter))
+        if mode != "frozen":
+            model.trained.add("adapter" if mode == "lora" else part)
     if last is not None:
         model.encoder.requires_grad_(False)
         for block in blocks[-last:]:
             block.requires_grad_(True)
     model.stage = policy
-    model.trained |= {part for part in PARTS if policy.part(part).mode != "frozen"}
     model.train(model.training)
     return model
 
 
-def frozen_modules(model: VisionLanguageModel, policy: StagePolicy) -> list[nn.Module]:
-    """List the modules that a stage holds in eval mode."""
-    modules: list[nn.Module] = [model.part_module(part) for part in PARTS if policy.part(part).mode == "frozen"]
+def hold_frozen(model: VisionLanguageModel, policy: StagePolicy) -> None:
+    """Put what a stage froze in eval mode, and the blocks that `last_blocks` trains in train mode."""
+    for part in PARTS:
+        if policy.part(part).mode == "frozen":
+            model.part_module(part).eval()
     last = policy.encoder.last_blocks
     if last is not None:
-        # Norms and embeddings outside the blocks are frozen with the encoder; the trained blocks are put back.
-        modules.append(model.encoder)
-    return modules
+        # Norms and embeddings outside the blocks are frozen with the encoder.
+        model.encoder.eval()
+        for block in model.encoder.blocks()[-last:]:
+            block.train()
 
 
-def trained_blocks(model: VisionLanguageModel, policy: StagePolicy) -> list[nn.Module]:
-    """List the encoder blocks that `last_blocks` trains."""
-    last = policy.encoder.last_blocks
-    return [] if last is None else model.encoder.blocks()[-last:]
+def has_adapter(llm: nn.Module) -> bool:
+    """Say whether an LLM is wrapped by peft."""
+    return hasattr(llm, "peft_config")
 
 
 def trainable_parameters(model: VisionLanguageModel) -> dict[Part, list[tuple[str, nn.Parameter]]]:
@@ -175,12 +186,16 @@ def trainable_parameters(model: VisionLanguageModel) -> dict[Part, list[tuple[st
 
 
 def _add_lora(model: VisionLanguageModel, rank: int) -> None:
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
-    if isinstance(model.llm, PeftModel):
-        present = model.llm.peft_config["default"].r
-        if present != rank:
-            raise VlmError(f"the LLM has adapters of rank {present}, the stage asks for {rank}; merge them first")
+    if has_adapter(model.llm):
+        configs: dict[str, Any] = model.llm.peft_config  # type: ignore[assignment]
+        ranks = sorted({config.r for config in configs.values()})
+        if ranks != [rank]:
+            raise VlmError(
+                f"the LLM has adapters of rank {', '.join(map(str, ranks))}, the stage asks for {rank}; merge them "
+                "first: model.llm = model.llm.merge_and_unload()"
+            )
         return
     # The adapters see the LLM alone: an encoder with layers of the same names keeps its weights.
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -1,0 +1,1 @@
+"""An example plugin of vlm-encoders: one encoder, one connector."""

@@ -1,0 +1,137 @@
+"""The command: what it prints, what it does not import, and how it tells a mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from connectors.errors import VlmError
+from vlm_encoders.cli.main import app
+
+HEAVY = ("torch", "numpy", "transformers", "timm", "open_clip", "peft", "accelerate", "torchvision", "matplotlib", "PIL")
+
+
+def run(*arguments: str) -> str:
+    """Run a sub-command in this process and give what it prints; a VlmError is raised on."""
+    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the real command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "vlm_encoders", *arguments], capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A picture of 640x480 px, wider than high."""
+    path = tmp_path / "photo.png"
+    Image.linear_gradient("L").resize((640, 480)).convert("RGB").save(path)
+    return path
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["info", "clip-vit-l-14-336"], ["train", "--help"]])
+def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
+    script = (
+        "import sys\n"
+        f"sys.argv = ['vlm-encoders', *{arguments!r}]\n"
+        "from vlm_encoders.cli.main import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        f"print('HEAVY', sorted(set(sys.modules) & set({HEAVY!r})))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_list_filters_by_pattern_and_family() -> None:
+    output = run("list", "*-l-14*", "--family", "clip")
+    names = [line.split()[0] for line in output.splitlines()[2:]]
+    assert names == ["clip-vit-l-14", "clip-vit-l-14-336"]
+    assert "576" in output
+
+
+def test_list_connectors() -> None:
+    assert {"mlp", "pixel_shuffle", "qformer"} <= set(run("list", "--connectors").split())
+
+
+def test_list_without_a_match_names_the_families() -> None:
+    with pytest.raises(VlmError, match="families are clip"):
+        run("list", "nothing*")
+
+
+def test_info_prints_the_card_at_another_size() -> None:
+    card = run("info", "dinov2-vit-s-14", "--image-size", "518")
+    assert "1369 of width 384, a grid of 37 rows by 37 columns" in card
+    assert "1 tokens, kept apart" in card
+
+
+def test_budget_of_a_picture(photo: Path) -> None:
+    output = run("budget", "--connector", "mlp", "--tiler", "anyres", "--image", str(photo), "--released")
+    assert "2340" in output  # LLaVA-NeXT's own count for 480x640
+    assert "BLIP-2" in output
+
+
+def test_budget_as_json_is_whole() -> None:
+    (row,) = json.loads(run("budget", "--connector", "pixel_shuffle:factor=2+mlp", "--size", "336x336", "--json"))
+    assert (row["total"], row["grid"], row["encoder"]) == (144, [12, 12], "clip-vit-l-14-336")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["budget", "--size", "big"], "'big' is no size; write HEIGHTxWIDTH"),
+        (["budget", "--connector", "pixelshuffle"], "no connector 'pixelshuffle'; did you mean pixel_shuffle?"),
+        (["budget", "--connector", "pixel_shuffle:factor=2"], "ends at width 4096|end it with mlp"),
+        (["info", "clip-vit-l-41"], "no encoder 'clip-vit-l-41'; did you mean clip-vit-l-14"),
+        (["info", "dinov2-vit-s-14", "--image-size", "330"], "330 is not a multiple of 14; use 322 or 336"),
+        (["train", "--data", "x.json"], "training needs --image-folder, --output"),
+        (["generate", "nowhere", "--prompt", "hi"], "'nowhere' is no model checkpoint"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments: list[str], sentence: str) -> None:
+    if arguments[-1].endswith("factor=2"):
+        arguments = [*arguments, "--llm-dim", "512"]
+    with pytest.raises(VlmError, match=sentence):
+        run(*arguments)
+
+
+def test_a_mistake_is_told_without_traceback_and_with_a_status() -> None:
+    done = command("info", "clip-vit-l-41")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: no encoder 'clip-vit-l-41'")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_encode_writes_tokens(photo: Path, tmp_path: Path) -> None:
+    output = tmp_path / "tokens.safetensors"
+    printed = run("encode", str(photo), str(photo), "--encoder", "tiny-digits", "--output", str(output))
+    assert "8x8" in printed
+    assert load_file(output)["tokens"].shape == (2, 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("missing.png", None, "missing.png"),
+        ("empty.png", b"", "empty.png"),
+        ("text.png", b"no picture at all", "text.png"),
+    ],
+)
+def test_encode_names_a_picture_that_cannot_be_read(
+    tmp_path: Path, name: str, content: bytes | None, sentence: str
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(VlmError, match=sentence):
+        run("encode", str(path))

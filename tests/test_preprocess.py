@@ -1,0 +1,267 @@
+"""Images in any form, and pixels equal to those of the libraries."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from connectors.errors import VlmError
+from vlm_encoders.preprocess import MAX_PIXELS, Preprocessor, cover_size, fit_size, load_image
+from vlm_encoders.registry import encoder_spec
+
+RED, GREEN = (255, 0, 0), (0, 255, 0)
+SIZES = [(300, 200), (200, 300), (224, 224), (97, 1003), (1003, 98), (225, 227), (31, 33), (640, 480), (251, 224)]
+"""(width, height), as Pillow has them: odd, tiny, long and exact ones."""
+
+
+def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def two_halves(mode: str = "RGB") -> Image.Image:
+    """Make an image of 4 x 2 px, red at the left and green at the right."""
+    image = Image.new("RGB", (4, 2), RED)
+    image.paste(GREEN, (2, 0, 4, 2))
+    return image.convert(mode)
+
+
+def hf_processor(name: str) -> Any:
+    import transformers
+
+    spec = encoder_spec(name)
+    side = spec.image_size[0]
+    kind, options = {
+        "clip-vit-b-32": ("CLIPImageProcessorPil", {}),
+        "clip-vit-l-14-336": (
+            "CLIPImageProcessorPil",
+            {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}},
+        ),
+        "siglip-b-16-224": ("SiglipImageProcessorPil", {"resample": 3}),
+        "siglip-so400m-14-384": ("SiglipImageProcessorPil", {"resample": 3, "size": {"height": side, "width": side}}),
+        "siglip2-b-16-224": ("SiglipImageProcessorPil", {"resample": 2}),
+        "dinov2-vit-b-14": (
+            "BitImageProcessorPil",
+            {"size": {"shortest_edge": 256}, "image_mean": spec.mean, "image_std": spec.std},
+        ),
+        "sam-vit-b": ("SamImageProcessorPil", {}),
+    }[name]
+    return getattr(transformers, kind)(**options)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "name", ["clip-vit-b-32", "clip-vit-l-14-336", "siglip-b-16-224", "siglip-so400m-14-384", "siglip2-b-16-224",
+             "dinov2-vit-b-14", "sam-vit-b"],
+)  # fmt: skip
+def test_pixels_are_those_of_transformers(name: str, size: tuple[int, int]) -> None:
+    image = picture(size)
+    expected = hf_processor(name)(image, return_tensors="pt")["pixel_values"]
+    assert torch.equal(Preprocessor(encoder_spec(name))(image), expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["swin-t-224", "swin-b-384"])
+def test_pixels_are_those_of_timm(name: str, size: tuple[int, int]) -> None:
+    import timm
+
+    spec = encoder_spec(name)
+    with torch.device("meta"):
+        config = timm.data.resolve_model_data_config(timm.create_model(spec.source))
+    image = picture(size)
+    expected = timm.data.create_transform(**config, is_training=False)(image)
+    assert torch.equal(Preprocessor(spec)(image)[0], expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pixels_are_those_of_open_clip(size: tuple[int, int]) -> None:
+    from open_clip.transform import image_transform
+
+    spec = encoder_spec("openclip-vit-b-32-laion2b")
+    transform = image_transform(224, is_train=False, mean=spec.mean, std=spec.std)
+    image = picture(size)
+    assert torch.equal(Preprocessor(spec)(image)[0], transform(image))
+
+
+@settings(max_examples=2000, deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 1500), st.integers(1, 1500))
+def test_resized_sizes_cover_and_fit(height: int, width: int, rows: int, columns: int) -> None:
+    covered, fitted = cover_size((height, width), (rows, columns)), fit_size((height, width), (rows, columns))
+    assert covered[0] == rows or covered[1] == columns
+    assert covered[0] >= rows
+    assert covered[1] >= columns
+    assert fitted[0] == rows or fitted[1] == columns
+    assert 1 <= fitted[0] <= rows
+    assert 1 <= fitted[1] <= columns
+
+
+def test_the_pad_is_zero_at_the_right_and_bottom() -> None:
+    preprocess = Preprocessor(encoder_spec("sam-vit-b"))
+    wide = preprocess(Image.new("RGB", (200, 100), (255, 255, 255)))[0]
+    assert wide[:, :512].min() > 2
+    assert wide[:, 512:].abs().max() == 0
+    tall = preprocess(Image.new("RGB", (100, 200), (255, 255, 255)))[0]
+    assert tall[:, :, :512].min() > 2
+    assert tall[:, :, 512:].abs().max() == 0
+
+
+def test_views_need_not_be_square() -> None:
+    spec = encoder_spec("clip-vit-b-32").resized((64, 128))
+    image = Image.new("RGB", (200, 100), RED)
+    image.paste(GREEN, (100, 0, 200, 100))
+    pixels = Preprocessor(spec)(image)
+    assert pixels.shape == (1, 3, 64, 128)
+    assert (pixels[0, 0, :, :60] > 1).all()
+    assert (pixels[0, 1, :, 68:] > 1).all()
+
+
+def test_every_form_of_an_image_gives_the_same_pixels(tmp_path: Path) -> None:
+    image = picture((50, 40))
+    path = tmp_path / "image.png"
+    image.save(path)
+    array = np.asarray(image).copy()
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    preprocess = Preprocessor(encoder_spec("clip-vit-b-32"))
+    expected = preprocess(image)
+    forms = [path, str(path), path.read_bytes(), array, tensor, tensor.float() / 255, array / 255]
+    for form in forms:
+        assert torch.equal(preprocess(form), expected), type(form)
+    assert torch.equal(preprocess(forms), expected.expand(len(forms), -1, -1, -1))
+    batch = torch.stack([tensor, tensor])
+    assert torch.equal(preprocess(batch), expected.expand(2, -1, -1, -1))
+    assert torch.equal(preprocess(array[None]), expected)
+
+
+def test_it_travels_to_a_worker() -> None:
+    preprocess = Preprocessor(encoder_spec("dinov2-vit-s-14"))
+    again = pickle.loads(pickle.dumps(preprocess))  # noqa: S301
+    assert again == preprocess
+    assert torch.equal(again(picture((30, 40))), preprocess(picture((30, 40))))
+
+
+def test_exif_orientation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees to see it upright
+    found = load_image(encoded(two_halves(), "PNG", exif=exif))
+    assert found.size == (2, 4)
+    assert found.getpixel((0, 0)) == RED
+    assert found.getpixel((0, 3)) == GREEN
+    opened = Image.open(io.BytesIO(encoded(two_halves(), "PNG", exif=exif)))
+    assert load_image(opened).tobytes() == found.tobytes()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_transparency_lies_on_white(mode: str) -> None:
+    if mode == "PA":
+        image = Image.new("P", (2, 1))
+        image.putpalette([0, 0, 0, 9, 9, 9])
+        image.info["transparency"] = 0
+    else:
+        image = Image.new(mode, (2, 1))
+    assert load_image(image).getpixel((0, 0)) == (255, 255, 255)
+    half = Image.new("RGBA", (1, 1), (*RED, 128))
+    assert load_image(half).getpixel((0, 0)) == (255, 127, 127)
+
+
+def test_a_transparent_colour_of_a_png_is_transparent() -> None:
+    image = Image.new("RGB", (2, 1), RED)
+    image.putpixel((1, 0), GREEN)
+    found = load_image(encoded(image, "PNG", transparency=RED))
+    assert [found.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), GREEN]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "YCbCr", "HSV"])
+def test_other_modes_become_rgb(mode: str) -> None:
+    image = two_halves(mode)
+    found = load_image(image)
+    assert found.mode == "RGB"
+    assert found.tobytes() == image.convert("RGB").tobytes()
+    if mode in {"P", "CMYK"}:
+        assert found.tobytes() == two_halves().tobytes()
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    for image in (Image.fromarray(values), Image.fromarray(values.astype(np.int32))):
+        found = np.asarray(load_image(image))
+        assert found[0, :, 0].tolist() == [0, 1, 128, 255]
+    found = np.asarray(load_image(encoded(Image.fromarray(values))))
+    assert found[0, :, 2].tolist() == [0, 1, 128, 255]
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    def write(name: str, data: bytes) -> Path:
+        path = tmp_path / name
+        path.write_bytes(data)
+        return path
+
+    jpeg = encoded(picture((64, 64)), "JPEG")
+    cases = {
+        tmp_path / "gone.png": "missing",
+        tmp_path: "a folder",
+        write("empty.png", b""): "empty",
+        write("text.png", b"not an image at all"): "no image that Pillow can read",
+        write("cut.jpg", jpeg[: len(jpeg) // 2]): "truncated or broken",
+        write("cut.png", encoded(picture((64, 64)))[:300]): "truncated or broken",
+        write("head.png", encoded(picture((64, 64)))[:20]): "truncated|no image",
+    }
+    for path, sentence in cases.items():
+        with pytest.raises(VlmError, match=sentence) as caught:
+            load_image(path)
+        assert str(path) in str(caught.value)
+    with pytest.raises(VlmError, match="image bytes is no image"):
+        load_image(b"nothing")
+
+
+def test_a_decompression_bomb_is_not_decoded() -> None:
+    side = 40_000
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    with pytest.raises(VlmError, match=f"{MAX_PIXELS} px"):
+        load_image(bomb)
+    middle = struct.pack(">IIBBBBB", 17_000, 16_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + middle
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    bomb += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    with pytest.raises(VlmError, match="17000x16000, over the limit"):
+        load_image(bomb)
+
+
+@pytest.mark.parametrize(
+    ("image", "sentence"),
+    [
+        (7, "a int is no image"),
+        (None, "a NoneType is no image"),
+        ([], "there is no image"),
+        ([3.5], "a float is no image"),
+        (np.zeros((4, 4, 4), np.uint8), r"an image array is \(H, W, 3\), got shape \(4, 4, 4\)"),
+        (np.zeros((0, 4, 3), np.uint8), "got shape"),
+        (np.zeros((4, 4, 3), np.int64), "is uint8, or float from 0 to 1, got int64"),
+        (np.full((4, 4, 3), 200.0), "runs from 0 to 1, got 200 to 200"),
+        (np.full((4, 4, 3), np.nan), "runs from 0 to 1"),
+        (torch.zeros(4, 4, 3), r"an image tensor is \(3, H, W\), got shape \(4, 4, 3\)"),
+        (torch.full((3, 2, 2), -1.0), "runs from 0 to 1"),
+        (torch.zeros(3, 0, 2), "got shape"),
+    ],
+)
+def test_what_is_no_image_is_refused(image: Any, sentence: str) -> None:
+    with pytest.raises(VlmError, match=sentence):
+        Preprocessor(encoder_spec("clip-vit-b-32"))(image)

@@ -1,0 +1,126 @@
+"""For tests, ours and plugins': the contract of encoders, and LLMs of a few thousand weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from connectors.errors import UnknownNameError
+from connectors.registry import nearest
+from connectors.tokens import VisualTokens
+from vlm_encoders.encoder import Encoder
+from vlm_encoders.registry import create_encoder, encoder_spec
+
+__all__ = ["LLM_FAMILIES", "check_encoder", "tiny_llm"]
+
+_SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
+_GEMMA: dict[str, Any] = {**_GROUPED, "head_dim": 8}
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma": ("Gemma", _GEMMA),
+    "gemma2": ("Gemma2", {**_GEMMA, "sliding_window": 16, "query_pre_attn_scalar": 8}),
+    "gemma3": ("Gemma3", {**_GEMMA, "sliding_window": 16, "query_pre_attn_scalar": 8}),
+    "gpt_neox": ("GPTNeoX", {}),
+    "llama": ("Llama", _GROUPED),
+    "mistral": ("Mistral", {**_GROUPED, "sliding_window": 16}),
+    "phi": ("Phi", {}),
+    "phi3": ("Phi3", _GROUPED),
+    "qwen2": ("Qwen2", _GROUPED),
+    "qwen3": ("Qwen3", {**_GROUPED, "head_dim": 8}),
+}
+LLM_FAMILIES = tuple(_FAMILIES)
+"""What `tiny_llm` can build."""
+
+
+def check_encoder(name: str, *, device: str = "meta", **options: Any) -> None:
+    """Hold an encoder, built with random weights, to its spec and to the contract.
+
+    Tokens match the spec in number, width, grid and prefix, at the given batch; no
+    block behind the feature layer is kept; `forward` lets gradients through to every
+    parameter's graph, and `encode` tracks none.
+
+    Args:
+        name: as `create_encoder` takes it.
+        device: "meta" computes shapes alone and so is quick for any size.
+        **options: for `create_encoder`.
+
+    Raises:
+        AssertionError: the encoder breaks the contract; the sentence says where.
+    """
+    with torch.device(device):
+        encoder = create_encoder(name, pretrained=False, **options)
+    spec = encoder.spec
+    _check_blocks(encoder)
+    pixels = torch.zeros(2, 3, *spec.image_size, device=device, dtype=next(encoder.parameters()).dtype)
+    visual = encoder(pixels)
+    _check_tokens(encoder, visual, batch=2)
+    _require(visual.tokens.requires_grad, f"{name}: forward lets no gradient through; remove no_grad from it")
+    encoded = encoder.encode([Image.new("RGB", (50, 40), (200, 30, 90))])
+    _check_tokens(encoder, encoded, batch=1)
+    _require(not encoded.tokens.requires_grad, f"{name}: encode tracks gradients; leave encode to the base class")
+    _require(encoder.origin.get("name") == name, f"{name}: its origin {encoder.origin} does not name it")
+    _require(
+        encoder_spec(name).token_spec(spec.image_size) == encoder.token_spec,
+        f"{name}: the table says {encoder_spec(name).token_spec(spec.image_size)}, the encoder {encoder.token_spec}",
+    )
+
+
+def tiny_llm(family: str = "llama", *, seed: int = 0, vocab_size: int = 64, **options: Any) -> nn.Module:
+    """Build a causal LM of two layers of width 32 with random weights, in eval mode.
+
+    Args:
+        family: one of `LLM_FAMILIES`.
+        seed: of the weights; torch's own random state stays as it is.
+        vocab_size: number of ids.
+        **options: of the family's config, over the small ones.
+
+    Raises:
+        UnknownNameError: there is no such family.
+    """
+    import transformers
+
+    if family not in _FAMILIES:
+        raise UnknownNameError(f"no tiny LLM '{family}'; {nearest(family, list(_FAMILIES))}")
+    stem, special = _FAMILIES[family]
+    # Gemma 3 has a text config of its own beside that of the whole model.
+    config_class = getattr(transformers, "Gemma3TextConfig" if family == "gemma3" else f"{stem}Config")
+    config = config_class(**(_SHAPE | special | {"vocab_size": vocab_size} | options))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        llm: nn.Module = getattr(transformers, f"{stem}ForCausalLM")(config)
+    return llm.eval()
+
+
+def _check_tokens(encoder: Encoder, visual: VisualTokens, batch: int) -> None:
+    name, expected = encoder.spec.name, encoder.token_spec
+    _require(visual.spec == expected, f"{name}: the spec says {expected}, the tokens are {visual.spec}")
+    _require(len(visual.tokens) == batch, f"{name}: {batch} views in, {len(visual.tokens)} out")
+
+
+def _check_blocks(encoder: Encoder) -> None:
+    name, blocks, kept = encoder.spec.name, encoder.blocks(), encoder.spec.kept_layers
+    _require(len(blocks) == kept, f"{name}: {kept} blocks lead to its feature layer, blocks() gives {len(blocks)}")
+    _require(len({id(block) for block in blocks}) == kept, f"{name}: blocks() gives a block twice")
+    own = {id(parameter) for parameter in encoder.parameters()}
+    theirs = [parameter for block in blocks for parameter in block.parameters()]
+    _require(
+        all(isinstance(block, nn.Module) for block in blocks) and all(id(parameter) in own for parameter in theirs),
+        f"{name}: blocks() gives parameters that are not the encoder's own",
+    )
+
+
+def _require(condition: bool, sentence: str) -> None:  # noqa: FBT001
+    if not condition:
+        raise AssertionError(sentence)
