@@ -1,4 +1,4 @@
-"""What the tests share: two threads, no network, tiny parts with random weights."""
+"""What the tests share: one thread (tiny tensors are slower on two), no network, tiny parts with random weights."""
 
 import dataclasses
 import os
@@ -14,7 +14,7 @@ from vlm_encoders.encoders.transformers_backend import TransformersEncoder
 from vlm_encoders.registry import encoder_spec
 from vlm_encoders.spec import EncoderSpec
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] + ' : ' + message['content'] }}"

@@ -14,9 +14,10 @@ from PIL import Image
 from connectors import MLP
 from connectors.errors import VlmError
 from vlm_encoders.encoder import Encoder
-from vlm_encoders.training.check import check_data, read_records
+from vlm_encoders.training.check import check_data
 from vlm_encoders.training.data import ConversationDataset
 from vlm_encoders.training.order import SeededBatches, epoch_order
+from vlm_encoders.training.records import read_records
 from vlm_encoders.vlm.processor import VLMProcessor
 
 ASK = {"from": "human", "value": "<image>\nw1 w2"}

@@ -375,6 +375,25 @@ def test_names_take_local_folders_and_files(tmp_path: Path, fresh_registry: None
     assert {parameter.dtype for parameter in halves.parameters()} == {torch.bfloat16}
 
 
+def test_options_reach_random_and_loaded_networks(tmp_path: Path) -> None:
+    model = whole("clip", tmp_path)
+    values = pixels(32, 32)
+    expected = model(values, output_hidden_states=True).hidden_states[-2]
+    for pretrained in (True, False):
+        eager = create_encoder(f"hf:{tmp_path}", pretrained=pretrained, attn_implementation="eager")
+        assert eager.get_submodule("network").config._attn_implementation == "eager"
+        if pretrained:
+            torch.testing.assert_close(sequence(eager, values), expected, rtol=1e-5, atol=1e-5)
+        assert eager.origin["attn_implementation"] == "eager"
+
+
+def test_another_activation_is_another_checkpoint(tmp_path: Path, fresh_registry: None) -> None:
+    whole("clip", tmp_path)
+    register_encoder(dataclasses.replace(SMALL_CLIP, options=(("hidden_act", "gelu"),)))
+    with pytest.raises(VlmError, match="hidden_act quick_gelu, the encoder has gelu"):
+        create_encoder("small-clip", pretrained=tmp_path)
+
+
 def fake_hub(root: Path, repo: str) -> Path:
     """Make the folders of the hub's cache for one repository and give its snapshot."""
     home = root / f"models--{repo.replace('/', '--')}"

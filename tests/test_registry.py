@@ -89,9 +89,10 @@ def test_names_match_a_shell_pattern(install: Install) -> None:
     assert things.names("o*") == ["other"]
 
 
-def test_plugins_are_found_by_entry_point(install: Install) -> None:
+def test_plugins_are_found_by_entry_point_once(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     things = install("seven = 7", plugged="some_plugin:seven")
     assert things.get("plugged") == 7
+    monkeypatch.setattr(registry_module, "entry_points", None)
     assert things.names("plug*") == ["plugged"]
 
 

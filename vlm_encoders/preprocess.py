@@ -24,8 +24,8 @@ __all__ = ["MAX_PIXELS", "ImageLike", "Preprocessor", "load_image"]
 ImageLike: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray[Any, Any] | Tensor"
 """A path, an encoded file's bytes, a PIL image, an (H, W, 3) uint8 array, or a (3, H, W) tensor."""
 
-MAX_PIXELS = 2**28
-"""Largest image that is decoded, px: 16384 x 16384. More is taken for a decompression bomb."""
+MAX_PIXELS = 178_956_970
+"""Largest image that is decoded, px, as in Pillow. More is taken for a decompression bomb."""
 
 _GIVE = "give a path, bytes, PIL image, (H, W, 3) array or (3, H, W) tensor"
 _BACKGROUND = (255, 255, 255)
@@ -144,18 +144,14 @@ def _decode(data: bytes, name: str) -> Image.Image:
         raise VlmError(f"{name} is empty (0 bytes); give an image file")
     try:
         with warnings.catch_warnings():
-            # Our own limit below speaks for Pillow's.
+            # Pillow warns at half of the limit at which it refuses.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
-        _check_pixels(image, name)
-        image.load()
     except UnidentifiedImageError:
         raise VlmError(f"{name} is no image that Pillow can read ({len(data)} bytes); check the file") from None
     except Image.DecompressionBombError:
-        raise VlmError(f"{name} has more than {MAX_PIXELS} px; shrink it first") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        if isinstance(error, VlmError):
-            raise
+        raise VlmError(f"{name} is over the limit of {MAX_PIXELS} px; shrink it first") from None
+    except Exception as error:
         raise VlmError(f"{name} is truncated or broken: {error}; check the file") from error
     return _to_rgb(image, name)
 
@@ -170,9 +166,14 @@ def _check_pixels(image: Image.Image, name: str) -> None:
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     _check_pixels(image, name)
     try:
-        image = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError) as error:
+        return _flat(ImageOps.exif_transpose(image))
+    except Exception as error:
+        # Each of Pillow's decoders fails in its own way, and only here do they run.
         raise VlmError(f"{name} is truncated or broken: {error}; check the file") from error
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """Bring any mode to RGB, on white where it is transparent."""
     if image.mode in {"I", "F"} or image.mode.startswith("I;16"):
         return _from_16_bit(image)
     if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:

@@ -40,7 +40,7 @@ class EncoderSpec:
         family: "clip", "siglip", "dinov2", "swin", "sam" or a plugin's own word.
         backend: "transformers", "timm", "open_clip" or "package.module:EncoderClass".
         source: the backend's class, model or architecture name.
-        weights: hub id or local folder of the released weights; None if there are none.
+        weights: hub id, or local folder or file, of the released weights; None if there are none.
         image_size: (height, width) of a view, px.
         trained_size: (height, width) of the weights' position tables, px; None for `image_size`.
         stride: pixels of one side of a token.

@@ -46,7 +46,10 @@ class OpenClipEncoder(Encoder):
         options = dict(spec.options)
         quick_gelu = bool(options.pop("quick_gelu", config.get("quick_gelu", False)))
         vision = {**config["vision_cfg"], **options, "layers": spec.kept_layers, "image_size": spec.image_size}
-        clip = open_clip.CLIP(config["embed_dim"], vision, _NO_TEXT, quick_gelu=quick_gelu)
+        try:
+            clip = open_clip.CLIP(config["embed_dim"], vision, _NO_TEXT, quick_gelu=quick_gelu)
+        except TypeError as error:
+            raise VlmError(f"{spec.name}: OpenCLIP cannot build it so ({error}); leave the option out") from error
         if pretrained is not False:
             _load(clip, spec, pretrained=pretrained)
         return cls(spec, clip.visual.to(dtype))

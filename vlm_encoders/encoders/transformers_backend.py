@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from connectors.errors import VlmError
+from connectors.registry import nearest
 from connectors.tokens import VisualTokens
 from vlm_encoders.encoder import Encoder
 from vlm_encoders.encoders.weights import find_weights, load_state, weight_files
@@ -39,6 +40,12 @@ class _Tower:
     dropped: str
 
 
+# What a config and the encoder must agree on, or the numbers are others.
+_SHAPE = (
+    *("hidden_size", "embed_dim", "patch_size", "image_size", "num_attention_heads", "hidden_act", "layer_norm_eps"),
+    *("num_register_tokens", "use_swiglu_ffn", "window_size", "global_attn_indexes", "depths"),
+)
+_ATTRIBUTES = {"attn_implementation": "_attn_implementation"}
 _TEXT = r"(text_model|text_projection|visual_projection|logit_scale|logit_bias)\b"
 _IDS = r"|(.*\.)?position_ids$"
 _TOWERS = {
@@ -127,6 +134,7 @@ def _config(spec: EncoderSpec) -> Any:
 
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in spec.options}
     config = getattr(transformers, spec.source.replace("Model", "Config"))
+    _check_options(spec, config(), options)
     if spec.source == "SwinModel":
         return config(image_size=_side(spec), **options)
     shape: dict[str, object] = {
@@ -143,6 +151,14 @@ def _config(spec: EncoderSpec) -> Any:
     else:
         shape["intermediate_size"] = spec.mlp_dim
     return config(**(shape | _fixed(spec) | options))
+
+
+def _check_options(spec: EncoderSpec, config: Any, options: dict[str, Any]) -> None:
+    """Refuse a misspelt option: a config would keep it and nobody would read it."""
+    for option in options:
+        if not hasattr(config, _ATTRIBUTES.get(option, option)):
+            known = [key for key in config.to_dict() if not key.startswith("_")]
+            raise VlmError(f"{spec.name}: {spec.source} has no option '{option}'; {nearest(option, known)}")
 
 
 def _fixed(spec: EncoderSpec) -> dict[str, object]:
@@ -174,9 +190,12 @@ def _load(model: Any, spec: EncoderSpec, path: Path, dtype: torch.dtype, extra: 
             "leave image_size out, pass pretrained=False, or use timm:samvit_base_patch16.sa1b"
         )
     config = model.config_class.from_pretrained(folder, **_fixed(spec))
-    _compare(config, _config(spec), spec, folder)
+    wanted = _config(spec)
+    _compare(config, wanted, spec, folder)
     if spec.source != "SwinModel":
         config.num_hidden_layers = spec.kept_layers
+    for option, _ in spec.options:
+        setattr(config, _ATTRIBUTES.get(option, option), getattr(wanted, _ATTRIBUTES.get(option, option)))
     where = {"state_dict": load_state(path, spec.name)} if path.is_file() else {"local_files_only": True}
     try:
         with _quiet():
@@ -225,7 +244,7 @@ def _quiet() -> Iterator[None]:
 
 def _compare(found: Any, expected: Any, spec: EncoderSpec, folder: Path) -> None:
     """Refuse a checkpoint of another shape, by what its config says."""
-    for key in ("hidden_size", "embed_dim", "patch_size", "image_size", "num_attention_heads"):
+    for key in _SHAPE:
         theirs, ours = getattr(found, key, None), getattr(expected, key, None)
         if theirs != ours:
             raise VlmError(

@@ -21,7 +21,7 @@ def find_weights(owner: str, weights: str | None, *, pretrained: bool | str) -> 
 
     Args:
         owner: the encoder's name, for messages.
-        weights: hub id or local folder of the released weights.
+        weights: hub id, or local folder or file, of the released weights.
         pretrained: True for `weights`, or a local folder or file.
 
     Raises:
@@ -35,7 +35,7 @@ def find_weights(owner: str, weights: str | None, *, pretrained: bool | str) -> 
     if weights is None:
         raise VlmError(f"{owner}: no released weights are known; pass pretrained=False or a local folder")
     local = Path(weights).expanduser()
-    return local if local.is_dir() else snapshot(weights, owner)
+    return local if local.exists() else snapshot(weights, owner)
 
 
 def snapshot(repo: str, owner: str, *, weights: bool = True) -> Path:

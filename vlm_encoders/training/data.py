@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from connectors.errors import VlmError
-from vlm_encoders.training.check import IMAGE_PLACEHOLDER, ROLES, check_data, image_paths, read_records, sample_name
+from vlm_encoders.training.check import check_data
+from vlm_encoders.training.records import IMAGE_PLACEHOLDER, ROLES, image_paths, read_records, sample_name
 
 if TYPE_CHECKING:
     from vlm_encoders.vlm.processor import Sample, VLMProcessor
