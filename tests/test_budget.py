@@ -29,7 +29,8 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiMod
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 from connectors.errors import TokenShapeError, UnknownNameError, VlmError
-from vlm_encoders.budget import RELEASED, encoder_flops, released_budgets, token_budget
+from vlm_encoders.budget import encoder_flops, token_budget
+from vlm_encoders.released_budget import RELEASED, released_budgets
 from vlm_encoders.spec import EncoderSpec
 from vlm_encoders.tiling import AnyResTiler, InternVLTiler, TileLayout
 
@@ -205,7 +206,8 @@ def test_budget_imports_nothing_heavier_than_torch() -> None:
         "import json, sys\n"
         "import vlm_encoders.budget as budget\n"
         "light = [name for name in ('torch',) if name in sys.modules]\n"
-        "budget.released_budgets((480, 640))\n"
+        "import vlm_encoders.released_budget as released\n"
+        "released.released_budgets((480, 640))\n"
         "heavy = ('transformers', 'timm', 'open_clip', 'torchvision', 'matplotlib', 'accelerate', 'peft')\n"
         "print(json.dumps([light, [name for name in heavy if name in sys.modules]]))\n"
     )

@@ -113,7 +113,7 @@ def _whole(spec: EncoderSpec) -> nn.Module:
         network = getattr(transformers, spec.source)(CONFIGS[spec.weights or ""]())
         if hasattr(network, "head"):
             network.head = None
-        if spec.source == "Dinov2Model":
+        if spec.source.startswith("Dinov2"):
             network.embeddings.mask_token = None
     module: nn.Module = network
     return module

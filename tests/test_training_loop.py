@@ -267,6 +267,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(make: Make) -> 
         assert torch.equal(tensor.nan_to_num(7.0), before[name].nan_to_num(7.0))
 
 
+def test_a_gradient_that_is_not_finite_stops_too(make: Make) -> None:
+    trainer = make()
+    for parameter in trainer.model.connector.parameters():
+        parameter.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(VlmError, match=r"step 1, .*: the gradient norm is (nan|inf); lower learning_rate"):
+        trainer.fit()
+
+
 def test_a_batch_without_supervised_tokens_is_named(make: Make) -> None:
     trainer = make()
     messages = [{"role": "user", "content": "w1"}]

@@ -8,21 +8,13 @@ from functools import cache
 from connectors.tokens import Grid, TokenSpec
 from vlm_encoders.registry import encoder_spec
 from vlm_encoders.spec import EncoderSpec
-from vlm_encoders.tiling.anyres import AnyResTiler, InternVLTiler, Tiler, WholeImage, build_tiler
+from vlm_encoders.tiling.anyres import Tiler, build_tiler
 from vlm_encoders.tiling.layout import TileLayout
 from vlm_encoders.tiling.plan import Size
 
-__all__ = [
-    "RELEASED",
-    "ReleasedBudget",
-    "ReleasedModel",
-    "TokenBudget",
-    "encoder_flops",
-    "released_budgets",
-    "token_budget",
-]
+__all__ = ["TokenBudget", "encoder_flops", "measure_connector", "token_budget"]
 
-_PLAIN_VITS = frozenset({"clip", "siglip", "dinov2"})
+_PLAIN_VITS = frozenset({"clip", "siglip", "dinov2", "vit"})
 
 
 @dataclass(frozen=True)
@@ -108,7 +100,7 @@ def token_budget(
     layout = layout or tiler.layout
     plan = tiler.plan(image_size or spec.image_size)
     tokens = spec.token_spec()
-    out, parameters, connector_flops = _measure(connector, tokens, llm_dim)
+    out, parameters, connector_flops = measure_connector(connector, tokens, llm_dim)
     total = layout.num_tokens(plan, out)
     per_layer = 2 * total * (llm_dim if kv_dim is None else kv_dim) * value_bytes
     flops = encoder_flops(spec)
@@ -152,8 +144,20 @@ def encoder_flops(spec: EncoderSpec) -> int | None:
 
 
 @cache
-def _measure(recipe: str, tokens: TokenSpec, llm_dim: int) -> tuple[TokenSpec, int, int]:
-    """Give a connector's output for one view, its parameters and its FLOPs; on the meta device."""
+def measure_connector(recipe: str, tokens: TokenSpec, llm_dim: int) -> tuple[TokenSpec, int, int]:
+    """Measure a connector on the meta device, where nothing is computed.
+
+    Args:
+        recipe: the connector's.
+        tokens: of one view, as the encoder gives them.
+        llm_dim: H, width of the LLM.
+
+    Returns:
+        Its output for one view, its parameters, and its FLOPs.
+
+    Raises:
+        VlmError: the recipe cannot be read, or does not fit.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -168,78 +172,3 @@ def _measure(recipe: str, tokens: TokenSpec, llm_dim: int) -> tuple[TokenSpec, i
             chain(VisualTokens(torch.empty(1, tokens.num_tokens, tokens.dim), tokens.grid, prefix))
     parameters = sum(parameter.numel() for parameter in chain.parameters())
     return chain.out_spec(tokens), parameters, counter.get_total_flops()
-
-
-@dataclass(frozen=True)
-class ReleasedModel:
-    """How a published model turns an image into tokens.
-
-    Attributes:
-        tokens: of a view, as its encoder gives them.
-        connector: a recipe that gives as many tokens as the model's own connector.
-        tiler: with its layout.
-        source: where the model's authors say so.
-    """
-
-    tokens: TokenSpec
-    connector: str
-    tiler: Tiler
-    source: str
-
-
-@dataclass(frozen=True)
-class ReleasedBudget:
-    """What one image costs in a published model.
-
-    Attributes:
-        name: of the model.
-        views: pictures that its encoder sees.
-        per_view: tokens of a view behind the connector.
-        total: the token budget; text around the image, such as `<img>`, not counted.
-        source: where the model's authors say so.
-    """
-
-    name: str
-    views: int
-    per_view: int
-    total: int
-    source: str
-
-
-_CLIP_L_336 = TokenSpec(576, 1024, (24, 24), 1)
-
-RELEASED: dict[str, ReleasedModel] = {
-    "LLaVA-1.5": ReleasedModel(_CLIP_L_336, "mlp", WholeImage(336), "https://arxiv.org/abs/2310.03744"),
-    "LLaVA-NeXT": ReleasedModel(
-        _CLIP_L_336, "mlp", AnyResTiler(), "https://llava-vl.github.io/blog/2024-01-30-llava-next/"
-    ),
-    "InternVL 1.5 to 3": ReleasedModel(
-        TokenSpec(1024, 1024, (32, 32), 1),
-        "pixel_shuffle:factor=2+mlp",
-        InternVLTiler(),
-        "https://arxiv.org/abs/2404.16821",
-    ),
-    "BLIP-2": ReleasedModel(
-        TokenSpec(256, 1408, (16, 16), 1),
-        "keep_prefix+qformer+linear",
-        WholeImage(224),
-        "https://arxiv.org/abs/2301.12597",
-    ),
-}
-"""Published models to compare with, by name."""
-
-
-def released_budgets(image_size: Size) -> list[ReleasedBudget]:
-    """Count what an image of (height, width) px costs in each published model.
-
-    Raises:
-        VlmError: the size is not positive.
-    """
-    rows = []
-    for name, model in RELEASED.items():
-        plan = model.tiler.plan(image_size)
-        # The width of the LLM changes no count.
-        out, _, _ = _measure(model.connector, model.tokens, 64)
-        total = model.tiler.layout.num_tokens(plan, out)
-        rows.append(ReleasedBudget(name, plan.num_views, out.num_tokens, total, model.source))
-    return rows

@@ -49,7 +49,7 @@ def check_encoder(name: str, *, device: str = "meta", **options: Any) -> None:
 
     Tokens match the spec in number, width, grid and prefix, at the given batch; no
     block behind the feature layer is kept; `forward` lets gradients through to every
-    parameter's graph, and `encode` tracks none.
+    parameter, none of which is idle, and `encode` tracks none.
 
     Args:
         name: as `create_encoder` takes it.
@@ -66,7 +66,7 @@ def check_encoder(name: str, *, device: str = "meta", **options: Any) -> None:
     pixels = torch.zeros(2, 3, *spec.image_size, device=device, dtype=next(encoder.parameters()).dtype)
     visual = encoder(pixels)
     _check_tokens(encoder, visual, batch=2)
-    _require(visual.tokens.requires_grad, f"{name}: forward lets no gradient through; remove no_grad from it")
+    _check_gradients(encoder, visual)
     encoded = encoder.encode([Image.new("RGB", (50, 40), (200, 30, 90))])
     _check_tokens(encoder, encoded, batch=1)
     _require(not encoded.tokens.requires_grad, f"{name}: encode tracks gradients; leave encode to the base class")
@@ -107,6 +107,16 @@ def _check_tokens(encoder: Encoder, visual: VisualTokens, batch: int) -> None:
     name, expected = encoder.spec.name, encoder.token_spec
     _require(visual.spec == expected, f"{name}: the spec says {expected}, the tokens are {visual.spec}")
     _require(len(visual.tokens) == batch, f"{name}: {batch} views in, {len(visual.tokens)} out")
+
+
+def _check_gradients(encoder: Encoder, visual: VisualTokens) -> None:
+    name = encoder.spec.name
+    _require(visual.tokens.requires_grad, f"{name}: forward lets no gradient through; remove no_grad from it")
+    parts = [visual.tokens] if visual.prefix is None else [visual.tokens, visual.prefix]
+    torch.cat(parts, dim=1).sum().backward()
+    idle = [key for key, parameter in encoder.named_parameters() if parameter.grad is None]
+    # Data-parallel training stops at a parameter that no gradient reaches.
+    _require(not idle, f"{name}: no token depends on {', '.join(idle[:3])}; drop what the tokens do not use")
 
 
 def _check_blocks(encoder: Encoder) -> None:

@@ -14,7 +14,8 @@ from connectors.errors import VlmError
 from vlm_encoders.cli.console import count, print_table
 
 if TYPE_CHECKING:
-    from vlm_encoders.budget import ReleasedBudget, TokenBudget
+    from vlm_encoders.budget import TokenBudget
+    from vlm_encoders.released_budget import ReleasedBudget
 
 __all__ = ["budget", "print_budgets", "print_released"]
 
@@ -39,7 +40,8 @@ def budget(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare token budgets of encoders, connectors and tilers; nothing is downloaded."""
-    from vlm_encoders.budget import released_budgets, token_budget
+    from vlm_encoders.budget import token_budget
+    from vlm_encoders.released_budget import released_budgets
 
     image_size = _image_size(image, size)
     rows = [

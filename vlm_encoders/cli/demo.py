@@ -59,7 +59,8 @@ def _title(text: str) -> None:
 def _show_budgets() -> None:
     from sklearn.datasets import load_sample_image
 
-    from vlm_encoders.budget import released_budgets, token_budget
+    from vlm_encoders.budget import token_budget
+    from vlm_encoders.released_budget import released_budgets
     from vlm_encoders.tiny.stage1 import RECIPES, TINY_ENCODER
 
     typer.echo("The embedded encoder, a 64x64 px picture, an LLM of width 128:")

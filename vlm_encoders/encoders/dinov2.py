@@ -75,7 +75,7 @@ SPECS = (
     _SMALL,
     _BASE,
     _LARGE,
-    _with_registers(_SMALL, "small", 22_058_112),
-    _with_registers(_BASE, "base", 86_583_552),
-    _with_registers(_LARGE, "large", 304_372_736),
+    _with_registers(_SMALL, "small", 22_057_728),
+    _with_registers(_BASE, "base", 86_582_784),
+    _with_registers(_LARGE, "large", 304_371_712),
 )

@@ -16,9 +16,10 @@ from connectors.errors import VlmError
 from vlm_encoders.training.config import TrainConfig
 from vlm_encoders.training.guard import FreezeGuard
 from vlm_encoders.training.optim import build_optimizer, build_schedule
+from vlm_encoders.training.progress import LogEntry
 from vlm_encoders.training.rng import random_state, restore_random_state
 from vlm_encoders.training.state import RunState, restore_weights, save_checkpoint, weights_to_save
-from vlm_encoders.training.step import SummedLoss
+from vlm_encoders.training.step import StepResult, SummedLoss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -104,9 +105,21 @@ class Run:
         folder: Path = outcome[0]
         return folder
 
-    def learning_rates(self) -> dict[str, float]:
-        """Give the present learning rate of each trained part."""
-        return {f"lr_{group['part']}": float(group["lr"]) for group in self.optimizer.param_groups}
+    def due(self, every: int | None) -> bool:
+        """Say whether something is to be done at this step; at the last one it always is."""
+        return self.step == self.total or (every is not None and self.step % every == 0)
+
+    def entry(self, result: StepResult, elapsed: float, *, steps: int, tokens: int) -> LogEntry:
+        """Make the log entry of a step; steps and tokens are those of the `elapsed` seconds."""
+        return {
+            "step": self.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            **{f"lr_{group['part']}": float(group["lr"]) for group in self.optimizer.param_groups},
+            "tokens": self.tokens,
+            "tokens_per_second": tokens / elapsed,
+            "seconds_left": elapsed / steps * (self.total - self.step),
+        }
 
 
 def start_run(model: VisionLanguageModel, config: TrainConfig, samples: int, state: RunState | None) -> Run:

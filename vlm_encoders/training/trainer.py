@@ -124,13 +124,14 @@ class Trainer:
             trim_log(self.output / LOG_FILE, run.step)
         with RunProgress(run.total, run.step, bar=config.progress, active=main) as progress:
             for result in self._steps(run):
-                entry = _entry(run, result, time.monotonic() - started, run.step - first_step, run.tokens - first_token)
+                elapsed = time.monotonic() - started
+                entry = run.entry(result, elapsed, steps=run.step - first_step, tokens=run.tokens - first_token)
                 progress.step(entry)
-                if self.eval_dataset is not None and _due(run, config.eval_every):
+                if self.eval_dataset is not None and run.due(config.eval_every):
                     entry["eval_loss"] = eval_losses[run.step] = self._eval_loss(run, self.eval_dataset)
-                if main and ("eval_loss" in entry or _due(run, config.log_every)):
+                if main and ("eval_loss" in entry or run.due(config.log_every)):
                     self._log(entry, progress)
-                if _due(run, config.save_every):
+                if run.due(config.save_every):
                     folder = run.save(self.processor)
         seconds = time.monotonic() - started
         moved = run.guard.check(self.model) if run.step > first_step else dict.fromkeys(run.guard.frozen, False)
@@ -190,19 +191,3 @@ class Trainer:
         name = getattr(self.dataset, "name", "sample {}".format)
         more = f" and {len(indices) - 8} more" if len(indices) > 8 else ""
         return ", ".join(name(index) for index in indices[:8]) + more
-
-
-def _due(run: Run, every: int | None) -> bool:
-    return run.step == run.total or (every is not None and run.step % every == 0)
-
-
-def _entry(run: Run, result: StepResult, elapsed: float, steps: int, tokens: int) -> LogEntry:
-    return {
-        "step": run.step,
-        "loss": result.loss,
-        "grad_norm": result.grad_norm,
-        **run.learning_rates(),
-        "tokens": run.tokens,
-        "tokens_per_second": tokens / elapsed,
-        "seconds_left": elapsed / steps * (run.total - run.step),
-    }

@@ -71,9 +71,9 @@ def answer_spans(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list
         after = render(tokenizer, messages[: index + 1])
         if not (text.startswith(before) and text.startswith(after) and len(after) > len(before)):
             raise VlmError(
-                f"the chat template writes the turns up to answer {index + 1} differently once more follows, so the "
-                "answer cannot be told from the question; set tokenizer.chat_template to one that only appends, such "
-                "as VICUNA_TEMPLATE"
+                f"the chat template writes turn {index + 1} or one before it differently once more turns follow, so "
+                "the answer cannot be told from the question; set tokenizer.chat_template to one that only appends, "
+                "such as VICUNA_TEMPLATE"
             )
         spans.append((len(before), len(_without_space_after_the_turn(tokenizer, after))))
     return text, spans

@@ -94,7 +94,7 @@ class VLMProcessor:
         with atomic_folder(target / "processor") as inside:
             self.tokenizer.save_pretrained(inside)
             settings = {"tiler": self.tiler.config(), "max_length": self.max_length}
-            (inside / "processor.json").write_text(json.dumps(settings, indent=2) + "\n")
+            (inside / "processor.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: VisionLanguageModel) -> VLMProcessor:
@@ -107,16 +107,14 @@ class VLMProcessor:
 
         inside = Path(folder) / "processor"
         try:
-            settings = json.loads((inside / "processor.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            settings = json.loads((inside / "processor.json").read_text(encoding="utf-8"))
+            tiler, max_length = tiler_from_config(settings["tiler"]), settings["max_length"]
+            tokenizer = AutoTokenizer.from_pretrained(inside)
+        except FileNotFoundError as error:
             raise VlmError(f"'{folder}' holds no processor; save one with processor.save_pretrained") from error
-        return cls(
-            model.encoder,
-            model.connector,
-            AutoTokenizer.from_pretrained(inside),
-            tiler=tiler_from_config(settings["tiler"]),
-            max_length=settings["max_length"],
-        )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise VlmError(f"'{folder}' holds no processor that can be read ({error}); save it again") from error
+        return cls(model.encoder, model.connector, tokenizer, tiler=tiler, max_length=max_length)
 
     def num_image_tokens(self, image_size: tuple[int, int]) -> int:
         """Count the tokens that an image of (height, width) px costs the LLM."""

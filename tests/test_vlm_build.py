@@ -1,0 +1,79 @@
+"""From names to a model, and the sentences where a name leads nowhere."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from connectors.errors import UnknownNameError, VlmError
+from vlm_encoders.vlm.build import build_model, load_llm
+
+
+@pytest.fixture
+def folders(tmp_path: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """An encoder and an LLM as folders."""
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, image_size=28, patch_size=7
+    )
+    CLIPVisionModel(config).save_pretrained(tmp_path / "clip")
+    llama.save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    return tmp_path
+
+
+def test_a_model_of_names_answers(folders: Path) -> None:
+    model, processor = build_model(f"hf:{folders}/clip", "mlp", folders / "llm", tiler="anyres", dtype=torch.bfloat16)
+    assert not any(module.training for module in model.modules())
+    assert {parameter.dtype for part in (model.encoder, model.connector, model.llm) for parameter in part.parameters()} == {
+        torch.bfloat16
+    }
+    assert processor.max_length == 512
+    assert model.layout == processor.tiler.layout
+    sample = processor.sample(
+        [{"role": "user", "content": "<image> w1"}, {"role": "assistant", "content": "w2"}],
+        [Image.new("RGB", (60, 30))],
+    )
+    loss = model(**processor.collate([sample])).loss
+    assert loss is not None
+    assert loss.isfinite()
+
+
+def test_wrong_names_are_answered(folders: Path) -> None:
+    with pytest.raises(UnknownNameError, match="pixel_shuffle"):
+        build_model(f"hf:{folders}/clip", "pixel_shufle+mlp", folders / "llm")
+    with pytest.raises(UnknownNameError, match="anyres"):
+        build_model(f"hf:{folders}/clip", "mlp", folders / "llm", tiler="anyre")
+
+
+def test_an_llm_that_cannot_be_loaded_is_told_in_a_sentence(folders: Path) -> None:
+    with pytest.raises(VlmError, match="LLM folder '/no/such/llm' does not exist"):
+        load_llm("/no/such/llm")
+    with pytest.raises(VlmError, match=r"tokenizer of the LLM 'nobody/nothing' cannot be loaded \(.*set HF_HOME"):
+        load_llm("nobody/nothing")
+    (folders / "empty").mkdir()
+    with pytest.raises(VlmError, match="give a folder with model and tokenizer"):
+        load_llm(folders / "empty")
+    for file in (folders / "llm").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(VlmError, match="the tokenizer of the LLM"):
+        load_llm(folders / "llm")
+
+
+def test_weights_that_are_missing_or_cut_off_are_refused(folders: Path) -> None:
+    file = folders / "llm" / "model.safetensors"
+    whole = load_file(file)
+    lacking = {name: tensor for name, tensor in whole.items() if "layers.1.mlp" not in name}
+    save_file(lacking, file, metadata={"format": "pt"})
+    with pytest.raises(VlmError, match=r"lack 3 tensors, such as model\.layers\.1\.mlp\.down_proj\.weight"):
+        load_llm(folders / "llm")
+    file.write_bytes(file.read_bytes()[:3000])
+    with pytest.raises(VlmError, match="the model of the LLM"):
+        load_llm(folders / "llm")
+    (folders / "llm" / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
+    with pytest.raises(VlmError, match="of the LLM"):
+        load_llm(folders / "llm")
