@@ -61,9 +61,7 @@ def trained() -> str:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        text, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    )
+    core.train_from_iterator(text, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
     result: str = core.to_str()
     return result
 
@@ -73,8 +71,8 @@ def make_tokenizer(template: str | None) -> Any:
 
     made = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(trained()),
-        bos_token="<s>",
-        eos_token="</s>",
+        bos_token="<s>",  # noqa: S106
+        eos_token="</s>",  # noqa: S106
         extra_special_tokens=list(MARKS),
     )
     # Phi's marks are added tokens that stand in no named list.

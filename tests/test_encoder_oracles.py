@@ -540,3 +540,10 @@ def test_the_folder_s_preprocessor_is_honoured(tmp_path: Path) -> None:
     SiglipImageProcessorPil(size={"height": 16, "width": 24}, resample=2).save_pretrained(tmp_path)
     spec = encoder_spec(f"hf:{tmp_path}")
     assert (spec.resize, spec.image_size, spec.interpolation) == ("squash", (16, 24), "bilinear")
+
+
+def test_curated_swin_is_the_same_in_training_mode() -> None:
+    encoder = create_encoder("swin-t-224", pretrained=False).train()
+    values = pixels(224, 224)
+    with torch.no_grad():
+        assert torch.equal(encoder(values).tokens, encoder(values).tokens)

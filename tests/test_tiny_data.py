@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,12 @@ from vlm_encoders.tiny import encoder_folder, llm_folder, scenes, write_dataset
 from vlm_encoders.tiny.build import FIGURES_FILE, file_sha256
 
 WEIGHTS = encoder_folder().parent
-FIGURES = json.loads((WEIGHTS / FIGURES_FILE).read_text())
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((WEIGHTS / FIGURES_FILE).read_text())
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +78,14 @@ def test_answer_of_known_cells(question: scenes.Question, answer: str) -> None:
     assert scenes.ask(question, cells, np.random.default_rng(0))[1] == answer
 
 
-def test_where_asks_for_a_digit_that_occurs_once_and_says_its_place() -> None:
+def test_row_asks_for_a_row_that_holds_a_digit_and_says_its_cells() -> None:
     cells = (-1, -1, -1, 7, -1, -1, -1, -1, 0, 3, -1, -1, 0, -1, -1, -1)
-    places = {"Where is the 7?": "row 1 column 4", "Where is the 3?": "row 3 column 2"}
-    asked = dict(scenes.ask("where", cells, np.random.default_rng(seed)) for seed in range(20))
-    assert asked == places
+    asked = dict(scenes.ask("row", cells, np.random.default_rng(seed)) for seed in range(20))
+    assert asked == {
+        "What is in row 1?": "blank blank blank 7",
+        "What is in row 3?": "0 3 blank blank",
+        "What is in row 4?": "0 blank blank blank",
+    }
 
 
 def test_no_constant_answer_is_right_often() -> None:
@@ -131,16 +140,16 @@ def test_missing_scikit_learn_is_said_in_one_sentence(monkeypatch: pytest.Monkey
         scenes.digit_images()
 
 
-def test_weights_are_small_and_are_those_of_the_figures() -> None:
-    assert file_sha256(WEIGHTS) == FIGURES["sha256"]
+def test_weights_are_small_and_are_those_of_the_figures(figures: dict[str, Any]) -> None:
+    assert file_sha256(WEIGHTS) == figures["sha256"]
     assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) <= 4_000_000
-    assert FIGURES["encoder"]["digit_cells"] >= 0.98
-    assert min(value for name, value in FIGURES["llm"].items() if name.endswith("_words")) >= 0.99
+    assert figures["encoder"]["digit_cells"] >= 0.98
+    assert min(value for name, value in figures["llm"].items() if name.endswith("_words")) >= 0.99
 
 
-def test_encoder_loads_through_timm() -> None:
+def test_encoder_loads_through_timm(figures: dict[str, Any]) -> None:
     model = timm.create_model(f"local-dir:{encoder_folder()}", pretrained=True).eval()
-    assert sum(weight.numel() for weight in model.parameters()) == FIGURES["encoder"]["parameters"] < 1_000_000
+    assert sum(weight.numel() for weight in model.parameters()) == figures["encoder"]["parameters"] < 1_000_000
     assert model.num_prefix_tokens == 0
     config = timm.data.resolve_model_data_config(model)
     assert (config["input_size"], config["mean"], config["crop_pct"]) == ((3, 64, 64), (0.5, 0.5, 0.5), 1.0)
@@ -148,11 +157,13 @@ def test_encoder_loads_through_timm() -> None:
         assert model.forward_features(torch.zeros(1, 3, 64, 64)).shape == (1, 64, 128)
 
 
-def test_llm_loads_through_transformers_and_reads_words(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_llm_loads_through_transformers_and_reads_words(
+    tokenizer: PreTrainedTokenizerFast, figures: dict[str, Any]
+) -> None:
     llm = AutoModelForCausalLM.from_pretrained(llm_folder(), dtype=torch.float32).eval()
-    assert llm.num_parameters() == FIGURES["llm"]["parameters"] < 1_000_000
+    assert llm.num_parameters() == figures["llm"]["parameters"] < 1_000_000
     words = ["blank"] * 16
-    words[3], words[9] = "seven", "two"
+    words[3], words[9] = "7", "2"
     asked = [{"role": "user", "content": f"{' '.join(words)}\nWhich digits do you see, in reading order?"}]
     prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = llm.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
@@ -161,17 +172,17 @@ def test_llm_loads_through_transformers_and_reads_words(tokenizer: PreTrainedTok
 
 def test_chat_template_marks_the_answers(tokenizer: PreTrainedTokenizerFast) -> None:
     turns = [
-        {"role": "user", "content": "<image>\nWhere is the 7?"},
-        {"role": "assistant", "content": "row 1 column 4"},
+        {"role": "user", "content": "<image>\nWhat is in row 1?"},
+        {"role": "assistant", "content": "blank 3 blank 7"},
     ]
     assert tokenizer.apply_chat_template(turns, tokenize=False) == (
-        "<s><|user|>\n<image>\nWhere is the 7?\n<|assistant|>\nrow 1 column 4</s>\n"
+        "<s><|user|>\n<image>\nWhat is in row 1?\n<|assistant|>\nblank 3 blank 7</s>\n"
     )
     opened = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-    assert opened == "<s><|user|>\n<image>\nWhere is the 7?\n<|assistant|>\n"
+    assert opened == "<s><|user|>\n<image>\nWhat is in row 1?\n<|assistant|>\n"
     encoded = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
     answer = [token for token, mine in zip(*map(encoded.get, ("input_ids", "assistant_masks")), strict=True) if mine]
-    assert tokenizer.decode(answer) == "row 1 column 4 </s>"
+    assert tokenizer.decode(answer) == "blank 3 blank 7 </s>"
 
 
 def test_image_is_one_id_and_no_word_is_unknown(tokenizer: PreTrainedTokenizerFast) -> None:

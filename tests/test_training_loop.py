@@ -87,14 +87,16 @@ def make(parts: tuple[VisionLanguageModel, VLMProcessor], data: Path, tmp_path: 
     return build
 
 
-def gradients(model: VisionLanguageModel, batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def gradients(
+    model: VisionLanguageModel, batches: list[dict[str, Any]], limit: float | None = None
+) -> dict[str, torch.Tensor]:
     from accelerate import Accelerator
 
     model = copy.deepcopy(model).eval()
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     still = torch.optim.SGD(parameters.values(), lr=0.0)
     accelerator = Accelerator(cpu=True)
-    take_step(accelerator, SummedLoss(model), still, iter(batches), accumulation=len(batches), max_grad_norm=None)
+    take_step(accelerator, SummedLoss(model), still, iter(batches), accumulation=len(batches), max_grad_norm=limit)
     return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
 
 
@@ -137,7 +139,8 @@ def test_epochs_are_counted_in_samples(make: Make) -> None:
 
 @pytest.mark.parametrize("stage", [STAGE_1, STAGE_2, STAGE_2_LORA])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(make: Make, tmp_path: Path, stage: StagePolicy) -> None:
-    whole = make(stage, output=str(tmp_path / "whole"), gradient_accumulation=2).fit()
+    first = make(stage, output=str(tmp_path / "whole"), gradient_accumulation=2)
+    whole = first.fit()
 
     def stop(entry: dict[str, float]) -> None:
         if entry["step"] == 5:
@@ -146,9 +149,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(make: Make, tmp_path:
     settings = {"save_every": 2, "gradient_accumulation": 2}
     with pytest.raises(KilledError):
         make(stage, on_log=stop, **settings).fit()
-    resumed = make(stage, init=99, num_workers=1, **settings).fit(resume=True)
+    second = make(stage, init=99, num_workers=1, **settings)
+    resumed = second.fit(resume=True)
     assert resumed.losses == whole.losses
     assert resumed.tokens == whole.tokens
+    weights = second.model.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in first.model.state_dict().items())
     steps = [json.loads(line)["step"] for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
 
@@ -273,6 +279,17 @@ def test_a_gradient_that_is_not_finite_stops_too(make: Make) -> None:
         parameter.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(VlmError, match=r"step 1, .*: the gradient norm is (nan|inf); lower learning_rate"):
         trainer.fit()
+
+
+def test_gradients_are_clipped_to_their_norm(make: Make) -> None:
+    trainer = make()
+    samples = [trainer.dataset[index] for index in range(3)]
+    batch = trainer.processor.collate(samples)
+    whole, clipped = (gradients(trainer.model, [batch], limit) for limit in (None, 0.01))
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in whole.values()))
+    assert norm > 0.02
+    for name, gradient in whole.items():
+        torch.testing.assert_close(clipped[name], gradient * 0.01 / norm, rtol=1e-4, atol=1e-8)
 
 
 def test_a_batch_without_supervised_tokens_is_named(make: Make) -> None:

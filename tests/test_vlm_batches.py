@@ -36,9 +36,7 @@ def build(
     connector = build_connector("pixel_shuffle:factor=2+mlp", encoder.token_spec, 32)
     processor = VLMProcessor(encoder, connector, tokenizer, tiler=tiler)
     image_token_id = processor.image_token_id
-    model = VisionLanguageModel(
-        encoder, connector, llm, image_token_id=image_token_id, layout=processor.tiler.layout
-    )
+    model = VisionLanguageModel(encoder, connector, llm, image_token_id=image_token_id, layout=processor.tiler.layout)
     return model.eval(), processor
 
 
@@ -100,7 +98,7 @@ def test_leaving_out_the_mask_of_right_padding_changes_no_supervised_logit(
     batch = processor.collate(mixed(processor))
     seen: list[bool] = []
     model.llm.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs.get("attention_mask") is not None), with_kwargs=True
+        lambda *call: seen.append(call[2].get("attention_mask") is not None), with_kwargs=True
     )
     with torch.no_grad():
         output = model(**batch)
@@ -142,7 +140,9 @@ def test_sampling_repeats_with_its_seed(built: tuple[VisionLanguageModel, VLMPro
 
 def test_every_view_is_encoded_once_for_beams_and_samples(built: tuple[VisionLanguageModel, VLMProcessor]) -> None:
     model, processor = built
-    prompt = processor.prompt([{"role": "user", "content": "<image> <image>"}], [picture(90, 20, 1), picture(28, 28, 2)])
+    prompt = processor.prompt(
+        [{"role": "user", "content": "<image> <image>"}], [picture(90, 20, 1), picture(28, 28, 2)]
+    )
     batch = processor.collate([prompt], padding_side="left")
     del batch["labels"]
     seen: list[int] = []
@@ -152,7 +152,9 @@ def test_every_view_is_encoded_once_for_beams_and_samples(built: tuple[VisionLan
     assert seen == [len(batch["pixel_values"])] * 2
 
 
-def test_without_plans_each_view_is_an_image_of_the_same_layout(built: tuple[VisionLanguageModel, VLMProcessor]) -> None:
+def test_without_plans_each_view_is_an_image_of_the_same_layout(
+    built: tuple[VisionLanguageModel, VLMProcessor],
+) -> None:
     model, processor = built
     pixels = torch.randn(2, 3, 28, 28)
     images = model.embed_images(pixels)

@@ -29,9 +29,9 @@ def folders(tmp_path: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokeni
 def test_a_model_of_names_answers(folders: Path) -> None:
     model, processor = build_model(f"hf:{folders}/clip", "mlp", folders / "llm", tiler="anyres", dtype=torch.bfloat16)
     assert not any(module.training for module in model.modules())
-    assert {parameter.dtype for part in (model.encoder, model.connector, model.llm) for parameter in part.parameters()} == {
-        torch.bfloat16
-    }
+    assert {
+        parameter.dtype for part in (model.encoder, model.connector, model.llm) for parameter in part.parameters()
+    } == {torch.bfloat16}
     assert processor.max_length == 512
     assert model.layout == processor.tiler.layout
     sample = processor.sample(

@@ -103,7 +103,7 @@ def _train_and_compare(output: Path, recipe: str, steps: int, seed: int) -> None
 
 def _show_accuracy(before: EvalResult, after: EvalResult) -> None:
     rows = []
-    for kind in ("read", "where", "count", ""):
+    for kind in ("read", "row", "count", ""):
         name = kind or "all questions"
         rows.append((name, *(f"{_accuracy(result, kind):.1%}" for result in (before, after))))
     print_table(("exact match", "before", "after"), rows, right=(1, 2))

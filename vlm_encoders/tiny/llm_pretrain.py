@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 class LlmRecipe:
     """How long and how hard the LLM is trained."""
 
-    steps: int = 2500
-    batch: int = 32
-    lr: float = 2e-3
-    warmup: float = 0.04
+    steps: int = 3000
+    batch: int = 16
+    lr: float = 1.5e-3
+    warmup: float = 0.05
     weight_decay: float = 0.01
     word_noise: float = 0.03
 
@@ -62,8 +62,8 @@ def conversation(
     """Write a conversation about random cells; their words stand where an image will stand."""
     cells = scenes.random_cells(rng)
     messages = []
-    for question in questions:
-        asked, answer = scenes.ask(question, cells, rng)
+    # A second question about the same row would be answered by copying.
+    for asked, answer in dict.fromkeys(scenes.ask(question, cells, rng) for question in questions):
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
     messages[0]["content"] = f"{spell(cells, side, noise, rng)}\n{messages[0]['content']}"
     return messages
@@ -88,7 +88,7 @@ class _Text:
     def batch(
         self, count: int, *, side: int, noise: float, questions: Sequence[scenes.Question] | None = None
     ) -> dict[str, Any]:
-        """Encode conversations; without questions given, all of them in random order."""
+        """Encode conversations; without questions given, all of them in random order, rows several times."""
         rng = self.rng
         encoded: dict[str, Any] = self.tokenizer.apply_chat_template(
             [
@@ -96,7 +96,7 @@ class _Text:
                     rng,
                     side=side,
                     noise=noise,
-                    questions=questions or rng.permutation(scenes.QUESTIONS).tolist(),
+                    questions=questions or rng.permutation([*scenes.QUESTIONS, "row", "row"]).tolist(),
                 )
                 for _ in range(count)
             ],

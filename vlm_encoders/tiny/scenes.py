@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Split: TypeAlias = Literal["train", "held_out"]
-Question: TypeAlias = Literal["read", "where", "count"]
+Question: TypeAlias = Literal["read", "row", "count"]
 
 QUESTIONS: tuple[Question, ...] = get_args(Question)
 ROWS = COLUMNS = 4
@@ -85,11 +85,8 @@ def split_indices(split: Split) -> npt.NDArray[np.int64]:
 
 
 def random_cells(rng: np.random.Generator) -> tuple[int, ...]:
-    """Put two to four digits on random cells, at least one of them a digit that occurs once."""
-    while True:
-        digits = rng.integers(0, 10, size=rng.integers(2, 5))
-        if (np.bincount(digits) == 1).any():
-            break
+    """Put two to four digits on random cells."""
+    digits = rng.integers(0, 10, size=rng.integers(2, 5))
     cells = np.full(ROWS * COLUMNS, BLANK)
     cells[rng.choice(len(cells), size=len(digits), replace=False)] = digits
     return tuple(cells.tolist())
@@ -132,11 +129,10 @@ def ask(question: Question, cells: Sequence[int], rng: np.random.Generator) -> t
     if question == "read":
         digits = [str(cell) for cell in cells if cell != BLANK]
         return "Which digits do you see, in reading order?", " ".join(digits)
+    rows = np.reshape(cells, (ROWS, COLUMNS))
     if question == "count":
-        rows = np.reshape(cells, (ROWS, COLUMNS))
         return "How many digits are in each row?", " ".join(map(str, (rows != BLANK).sum(1)))
-    if question == "where":
-        digit = int(rng.choice([cell for cell in cells if cell != BLANK and cells.count(cell) == 1]))
-        row, column = divmod(cells.index(digit), COLUMNS)
-        return f"Where is the {digit}?", f"row {row + 1} column {column + 1}"
+    if question == "row":
+        row = int(rng.choice(np.flatnonzero((rows != BLANK).any(1))))
+        return f"What is in row {row + 1}?", " ".join("blank" if cell == BLANK else str(cell) for cell in rows[row])
     raise VlmError(f"unknown question {question!r}; use one of {', '.join(QUESTIONS)}")

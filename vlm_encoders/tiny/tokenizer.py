@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-CELL_WORDS = ("blank", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CELL_WORDS = ("blank", *"0123456789")
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<|system|>", "<|user|>", "<|assistant|>")
 OTHER_WORDS = (
-    *"0123456789?,.",
-    *("which", "digits", "do", "you", "see", "in", "reading", "order", "where", "is", "the"),
-    *("row", "column", "how", "many", "are", "each"),
+    *"?,.",
+    *("which", "digits", "do", "you", "see", "in", "reading", "order"),
+    *("what", "is", "row", "how", "many", "are", "each"),
 )
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

@@ -28,7 +28,9 @@ def answer(model: VisionLanguageModel, processor: VLMProcessor, prompts: Sequenc
     del batch["labels"]
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ends = {"pad_token_id": pad, "eos_token_id": _end_ids(model, tokenizer.eos_token_id)}
-    inputs = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    inputs: dict[str, Any] = {
+        key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()
+    }
     ids = model.generate(**inputs, **(ends | options))
     texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [text.strip() for text in texts]

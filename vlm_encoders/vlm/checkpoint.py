@@ -138,9 +138,11 @@ def _build_encoder(folder: Path, entry: dict[str, Any]) -> Encoder:
         # Its weights lie in the checkpoint: nothing is fetched.
         options["pretrained"] = False
     try:
-        return create_encoder(**options).to(_dtype(entry["dtype"]))
+        encoder = create_encoder(**options)
     except VlmError as error:
         raise VlmError(f"the encoder of checkpoint '{folder}' cannot be built: {error}; or pass encoder=") from error
+    # Casting for nothing would round the buffers that the library keeps in float32.
+    return encoder if options["dtype"] == entry["dtype"] else encoder.to(_dtype(entry["dtype"]))
 
 
 def _build_connector(folder: Path, entry: dict[str, Any]) -> Connector:
