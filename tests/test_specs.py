@@ -101,7 +101,7 @@ def _whole(spec: EncoderSpec) -> nn.Module:
     if spec.backend == "timm":
         import timm
 
-        network = timm.create_model(spec.source, num_classes=0)
+        network = timm.create_model(spec.source, num_classes=0, **dict(spec.options))
     elif spec.backend == "open_clip":
         import open_clip
 
