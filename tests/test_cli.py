@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from connectors.errors import VlmError
 from vlm_encoders.cli.main import app
 
-HEAVY = ("torch", "numpy", "transformers", "timm", "open_clip", "peft", "accelerate", "torchvision", "matplotlib", "PIL")
+HEAVY = ("PIL", "accelerate", "matplotlib", "numpy", "open_clip", "peft", "timm", "torch", "torchvision", "transformers")
 
 
 def run(*arguments: str) -> str:

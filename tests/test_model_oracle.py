@@ -22,7 +22,7 @@ TOKENS = 16
 
 @pytest.fixture
 def pair(clip_spec: EncoderSpec, llama: LlamaForCausalLM) -> tuple[LlavaForConditionalGeneration, VisionLanguageModel]:
-    """transformers' model with random weights, and ours filled from it."""
+    """LLaVA of transformers with random weights, and ours filled from it."""
     torch.manual_seed(2)
     vision = CLIPVisionConfig(
         hidden_size=32,

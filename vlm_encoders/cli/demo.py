@@ -20,6 +20,7 @@ from vlm_encoders.cli.train import print_parts
 
 if TYPE_CHECKING:
     from vlm_encoders.training.evaluate import EvalResult
+    from vlm_encoders.vlm.stages import Part
 
 __all__ = ["demo"]
 
@@ -81,9 +82,9 @@ def _train_and_compare(output: Path, recipe: str, steps: int, seed: int) -> None
     for name in ("data", "train"):
         shutil.rmtree(output / name, ignore_errors=True)
     model, processor = build_tiny(recipe, seed=seed)
-    apply_stage(model, STAGE_1)
-    print_parts(model)
     run = tiny_run(output, recipe, steps=steps, seed=seed)
+    apply_stage(model, STAGE_1.with_lr(run.config.learning_rate))
+    print_parts(model)
     train_data, held_out = run.load(processor)
     before, hashes = exact_match(model, processor, held_out, batch_size=48), part_hashes(model)
     _title(f"3. Stage 1: the projector alone, {len(train_data)} pictures, {steps} steps")
@@ -134,7 +135,7 @@ def _show_answers(before: EvalResult, after: EvalResult, pictures: Path, output:
         typer.echo(f"these answers as a picture: {sheet}")
 
 
-def _show_moved(before: Mapping[str, str], after: Mapping[str, str]) -> None:
+def _show_moved(before: Mapping[Part, str], after: Mapping[Part, str]) -> None:
     typer.echo("")
     rows = [
         (part, digest[:16], after[part][:16], "bit-identical" if digest == after[part] else "moved")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vlm_encoders.cli.console import print_table, quiet_libraries
+
+if TYPE_CHECKING:
+    from connectors.tokens import VisualTokens
 
 __all__ = ["encode"]
 
@@ -38,17 +41,20 @@ def encode(
     if visual.prefix is not None:
         typer.echo(f"and {visual.prefix.shape[1]} prefix tokens an image, kept apart")
     if output is not None:
-        _write(output, {"tokens": visual.tokens} | ({} if visual.prefix is None else {"prefix": visual.prefix}))
+        _write(output, visual)
 
 
-def _write(output: Path, tensors: dict[str, object]) -> None:
+def _write(output: Path, visual: VisualTokens) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from connectors.errors import VlmError
 
+    tensors = {"tokens": visual.tokens.contiguous()}
+    if visual.prefix is not None:
+        tensors["prefix"] = visual.prefix.contiguous()
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output)  # type: ignore[attr-defined]
+        save_file(tensors, output)
     except (OSError, SafetensorError) as error:
         raise VlmError(
             f"cannot write '{output}': {error}; give a file in a folder that exists and has space"

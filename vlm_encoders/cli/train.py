@@ -121,6 +121,6 @@ def _run(settings: TrainConfig, model: VisionLanguageModel, processor: VLMProces
     unseen = None
     if settings.eval_data is not None:
         unseen = ConversationDataset(settings.eval_data, settings.image_folder, processor)
-    apply_stage(model, STAGES[settings.stage])
+    apply_stage(model, STAGES[settings.stage].with_lr(settings.learning_rate))
     print_parts(model)
     return Trainer(model, processor, dataset, settings, eval_dataset=unseen).fit(resume=resume)

@@ -56,7 +56,7 @@ def draw_answers(cards: Sequence[AnswerCard], path: Path, title: str) -> None:
     figure = Figure(figsize=(2.9 * COLUMNS, 3.7 * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13)
-    axes = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    axes = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
     for place in axes:
         place.axis("off")
     for place, card in zip(axes, cards, strict=False):

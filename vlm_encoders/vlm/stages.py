@@ -7,7 +7,7 @@ arXiv 2310.03744, table 9) and LLaVA-NeXT (encoder unfrozen at a fifth of the LL
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from torch import nn
@@ -103,6 +103,16 @@ class StagePolicy:
         """Give the policy of one part."""
         policies: dict[Part, PartPolicy] = {"encoder": self.encoder, "connector": self.connector, "llm": self.llm}
         return policies[part]
+
+    def with_lr(self, lr: float | None) -> StagePolicy:
+        """Give the same stage with one peak learning rate for every part that trains; None changes nothing."""
+        if lr is None:
+            return self
+        encoder, connector, llm = (
+            policy if policy.mode == "frozen" else replace(policy, lr=lr)
+            for policy in (self.encoder, self.connector, self.llm)
+        )
+        return StagePolicy(self.name, encoder, connector, llm)
 
 
 STAGE_1 = StagePolicy("stage-1", connector=PartPolicy("train", lr=1e-3))
