@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from paired import added_memory, describe_machine, measure, memory_in_fresh_process, table
@@ -16,7 +17,14 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from connectors import MLP
-from vlm_encoders import STAGE_1, VisionLanguageModel, apply_stage, create_encoder
+from vlm_encoders import (
+    STAGE_1,
+    VisionLanguageModel,
+    apply_stage,
+    create_encoder,
+    encoder_spec,
+    register_encoder,
+)
 
 TODAY, OURS = "LlavaForConditionalGeneration", "vlm-encoders"
 IMAGE = 31_999
@@ -45,7 +53,8 @@ def build(options: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, V
     today = LlavaForConditionalGeneration(
         LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-2)
     )
-    encoder = create_encoder("clip-vit-l-14-336", pretrained=False, num_hidden_layers=options.vision_layers)
+    register_encoder(replace(encoder_spec("clip-vit-l-14-336"), name="clip-cut", num_layers=options.vision_layers))
+    encoder = create_encoder("clip-cut", pretrained=False)
     encoder.network.load_state_dict(_shared(today.model.vision_tower, encoder.network))
     connector, llm = MLP(1024, options.hidden), LlamaForCausalLM(text)
     linears = [module for module in connector.modules() if isinstance(module, torch.nn.Linear)]

@@ -71,8 +71,8 @@ def make_tokenizer(template: str | None) -> Any:
 
     made = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(trained()),
-        bos_token="<s>",  # noqa: S106
-        eos_token="</s>",  # noqa: S106
+        bos_token="<s>",
+        eos_token="</s>",
         extra_special_tokens=list(MARKS),
     )
     # Phi's marks are added tokens that stand in no named list.

@@ -13,7 +13,18 @@ from typer.testing import CliRunner
 from connectors.errors import VlmError
 from vlm_encoders.cli.main import app
 
-HEAVY = ("PIL", "accelerate", "matplotlib", "numpy", "open_clip", "peft", "timm", "torch", "torchvision", "transformers")
+HEAVY = (
+    "PIL",
+    "accelerate",
+    "matplotlib",
+    "numpy",
+    "open_clip",
+    "peft",
+    "timm",
+    "torch",
+    "torchvision",
+    "transformers",
+)
 
 
 def run(*arguments: str) -> str:

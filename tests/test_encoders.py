@@ -218,3 +218,8 @@ def test_the_table_imports_no_heavy_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_option_that_builds_another_depth_is_refused() -> None:
+    with pytest.raises(VlmError, match="2 blocks were built, its spec says 11; choose the depth by feature_layer"):
+        create_encoder("clip-vit-b-32", pretrained=False, num_hidden_layers=2)

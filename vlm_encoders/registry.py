@@ -122,6 +122,12 @@ def create_encoder(
     weights = str(pretrained) if isinstance(pretrained, Path) else pretrained
     backend: type[Encoder] = _load(_BACKENDS.get(spec.backend, spec.backend))
     encoder = backend.build(spec, pretrained=weights, dtype=chosen).eval()
+    built = len(encoder.blocks())
+    if built != spec.kept_layers:
+        raise VlmError(
+            f"{name}: {built} blocks were built, its spec says {spec.kept_layers}; choose the depth by feature_layer, "
+            "or register a spec of that depth"
+        )
     encoder.origin = {
         "name": name,
         "pretrained": weights,
