@@ -106,7 +106,7 @@ def test_each_family_has_two_names_and_each_backend_one() -> None:
 def test_check_encoder_fails_on_wrong_blocks_and_tokens(fresh_registry: None) -> None:
     register_encoder(PLUGIN, dataclasses.replace(PLUGIN, name="two-blocks", num_layers=2))
     check_encoder("patch-mean")
-    with pytest.raises(AssertionError, match="2 blocks lead to its feature layer, blocks\\(\\) gives 1"):
+    with pytest.raises(VlmError, match="1 blocks were built, its spec says 2"):
         check_encoder("two-blocks")
 
 

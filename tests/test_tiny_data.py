@@ -152,7 +152,7 @@ def test_encoder_loads_through_timm(figures: dict[str, Any]) -> None:
     assert sum(weight.numel() for weight in model.parameters()) == figures["encoder"]["parameters"] < 1_000_000
     assert model.num_prefix_tokens == 0
     config = timm.data.resolve_model_data_config(model)
-    assert (config["input_size"], config["mean"], config["crop_pct"]) == ((3, 64, 64), (0.5, 0.5, 0.5), 1.0)
+    assert (config["input_size"], tuple(config["mean"]), config["crop_pct"]) == ((3, 64, 64), (0.5, 0.5, 0.5), 1.0)
     with torch.no_grad():
         assert model.forward_features(torch.zeros(1, 3, 64, 64)).shape == (1, 64, 128)
 
