@@ -52,17 +52,18 @@ def table(seconds: Mapping[str, list[float]], first: str, extra: Mapping[str, st
 
 
 def added_memory(work: Callable[[], object], device: str) -> int:
-    """Give the peak bytes that the second call of `work` takes above what was held before it."""
-    work()
+    """Give the peak bytes that two calls of `work` take above what was held before them: weights and batch."""
     if device != "cpu":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         work()
+        work()
         return torch.cuda.max_memory_allocated() - held
     # Writing 5 resets the high-water mark of resident memory (Linux only).
     Path("/proc/self/clear_refs").write_text("5")
     held = _status("VmRSS")
+    work()
     work()
     return _status("VmHWM") - held
 
