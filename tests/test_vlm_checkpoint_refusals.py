@@ -1,5 +1,6 @@
 """Checkpoints that are broken, or of other parts, are refused in a sentence."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,21 @@ def test_a_connector_without_a_name_is_saved_and_passed_at_loading(kit: Any) -> 
         VisionLanguageModel.from_pretrained(kit.root / "run")
     loaded = VisionLanguageModel.from_pretrained(kit.root / "run", connector=Doubling())
     assert torch.equal(loaded(**train_inputs).logits, model(**train_inputs).logits)
+
+
+def test_an_encoder_that_makes_other_pixels_is_refused(kit: Any) -> None:
+    kit.build().save_pretrained(kit.root / "run")
+    other = create_encoder(f"hf:{kit.root}/clip")
+    other.spec = dataclasses.replace(other.spec, mean=(0.5, 0.5, 0.5))
+    with pytest.raises(VlmError, match=r"was trained on pixels with mean \[0\.48.*has \[0\.5, 0\.5, 0\.5\]"):
+        VisionLanguageModel.from_pretrained(kit.root / "run", encoder=other)
+
+
+def test_a_relative_folder_is_found_from_anywhere(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(kit.root)
+    model = kit.build()
+    model.encoder = create_encoder("hf:clip")
+    model.save_pretrained("run")
+    monkeypatch.chdir(kit.root.parent)
+    loaded = VisionLanguageModel.from_pretrained(kit.root / "run")
+    assert loaded.encoder.origin["name"] == f"hf:{kit.root}/clip"

@@ -17,7 +17,7 @@ from connectors.recipe import build_connector
 from connectors.tokens import TokenSpec
 from vlm_encoders.tiling.layout import TileLayout
 from vlm_encoders.vlm.atomic import atomic_folder, recover
-from vlm_encoders.vlm.manifest import MANIFEST, describe_checkpoint, read_manifest, saved_spec, write_manifest
+from vlm_encoders.vlm.manifest import MANIFEST, describe_checkpoint, pixel_rules, read_manifest, saved_spec, write_manifest
 from vlm_encoders.vlm.part_weights import fill_part, part_hashes, save_adapter, save_llm, save_part
 from vlm_encoders.vlm.stages import PARTS, has_adapter
 
@@ -93,6 +93,13 @@ def load_model(
             f"checkpoint '{folder}' was made with encoder '{manifest['encoder']['name']}' ({_words(in_spec)}), the "
             f"encoder given is '{encoder.spec.name}' ({_words(encoder.token_spec)}); build the same one"
         )
+    for rule, value in pixel_rules(encoder.spec).items():
+        trained = manifest["encoder"]["pixels"][rule]
+        if value != trained:
+            raise VlmError(
+                f"checkpoint '{folder}' was trained on pixels with {rule} {trained}, the encoder "
+                f"'{encoder.spec.name}' has {value}; build it as it was"
+            )
     model = VisionLanguageModel(
         encoder,
         connector or _build_connector(folder, manifest["connector"]),

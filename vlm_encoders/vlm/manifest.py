@@ -15,9 +15,10 @@ from vlm_encoders.vlm.stages import PARTS, has_adapter
 if TYPE_CHECKING:
     from torch import nn
 
+    from vlm_encoders.spec import EncoderSpec
     from vlm_encoders.vlm.model import VisionLanguageModel
 
-__all__ = ["MANIFEST", "describe_checkpoint", "read_manifest", "saved_spec", "write_manifest"]
+__all__ = ["MANIFEST", "describe_checkpoint", "pixel_rules", "read_manifest", "saved_spec", "write_manifest"]
 
 FORMAT = 1
 MANIFEST = "model.json"
@@ -43,6 +44,7 @@ def describe_checkpoint(model: VisionLanguageModel) -> dict[str, Any]:
         "encoder": {
             "name": model.encoder.spec.name,
             "origin": origin,
+            "pixels": pixel_rules(model.encoder.spec),
             "dtype": _dtype_name(model.encoder),
             "saved": "encoder" in model.trained or origin.get("pretrained", False) is False,
         },
@@ -88,6 +90,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return checked
 
 
+def pixel_rules(spec: EncoderSpec) -> dict[str, Any]:
+    """Give what makes pixels of an image: no hash of weights can see a change of it."""
+    return {
+        "image_size": list(spec.image_size),
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "interpolation": spec.interpolation,
+        "resize": spec.resize,
+        "crop_pct": spec.crop_pct,
+    }
+
+
 def saved_spec(entry: list[Any]) -> TokenSpec:
     """Read a token spec as the connector's entry holds it."""
     num_tokens, dim, grid, num_prefix = entry
@@ -115,8 +129,11 @@ def _llm_source(llm: nn.Module) -> str:
 
 
 def _with_absolute_paths(origin: dict[str, Any]) -> dict[str, Any]:
-    pretrained = origin.get("pretrained")
-    return {**origin, "pretrained": _absolute(pretrained)} if isinstance(pretrained, str) else dict(origin)
+    pretrained, (door, colon, place) = origin.get("pretrained"), origin.get("name", "").partition(":")
+    paths = {"pretrained": _absolute(pretrained)} if isinstance(pretrained, str) else {}
+    if colon:
+        paths["name"] = f"{door}:{_absolute(place)}"
+    return {**origin, **paths}
 
 
 def _absolute(source: str) -> str:
