@@ -1,6 +1,6 @@
 """Write the README's generated parts again: `python docs/update_readme.py`; the tests hold them to be current.
 
-`docs/demo-output.txt` is what `vlm-encoders demo` printed; the results of `benchmarks/README.md` are quoted as they stand.
+`docs/demo-output.txt` is what `vlm-encoders demo` printed; benchmark results are quoted from `benchmarks/README.md`.
 """
 
 import re

@@ -17,7 +17,14 @@ from connectors.recipe import build_connector
 from connectors.tokens import TokenSpec
 from vlm_encoders.tiling.layout import TileLayout
 from vlm_encoders.vlm.atomic import atomic_folder, recover
-from vlm_encoders.vlm.manifest import MANIFEST, describe_checkpoint, pixel_rules, read_manifest, saved_spec, write_manifest
+from vlm_encoders.vlm.manifest import (
+    MANIFEST,
+    describe_checkpoint,
+    pixel_rules,
+    read_manifest,
+    saved_spec,
+    write_manifest,
+)
 from vlm_encoders.vlm.part_weights import fill_part, part_hashes, save_adapter, save_llm, save_part
 from vlm_encoders.vlm.stages import PARTS, has_adapter
 
