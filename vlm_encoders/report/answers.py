@@ -70,4 +70,4 @@ def draw_answers(cards: Sequence[AnswerCard], path: Path, title: str) -> None:
             place.text(0, height, f"{when}: {shown or '(nothing)'}", color=color, fontsize=9, transform=place.transAxes)
         height = -0.06 - 0.1 * len(card.answers)
         place.text(0, height, f"true: {card.expected}", fontsize=9, transform=place.transAxes)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100, bbox_inches="tight", pad_inches=0.15)

@@ -7,6 +7,7 @@ arXiv 2310.03744, table 9) and LLaVA-NeXT (encoder unfrozen at a fifth of the LL
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -184,7 +185,9 @@ def hold_frozen(model: VisionLanguageModel, policy: StagePolicy) -> None:
 
 def has_adapter(llm: nn.Module) -> bool:
     """Say whether an LLM is wrapped by peft."""
-    return hasattr(llm, "peft_config")
+    # A wrapped LLM means that peft is loaded; importing it for the others would take seconds.
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(llm, peft.PeftModel)
 
 
 def trainable_parameters(model: VisionLanguageModel) -> dict[Part, list[tuple[str, nn.Parameter]]]:
