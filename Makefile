@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format weights test-lowest clean
+.PHONY: demo test format weights test-lowest clean
 
 demo: $(STAMP)
 	$(BIN)/vlm-encoders demo

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from importlib.metadata import EntryPoint, entry_points
@@ -14,6 +16,7 @@ from connectors.errors import DuplicateNameError, UnknownNameError, VlmError
 __all__ = ["Registry", "nearest"]
 
 T = TypeVar("T")
+_SHOWN = 12
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -23,7 +26,23 @@ def nearest(name: str, known: list[str]) -> str:
         # get_close_matches is blind to a short name inside a long one, such as "mlp" in "mlp2x_gelu".
         lower = name.lower()
         close = [candidate for candidate in known if lower in candidate.lower() or candidate.lower() in lower][:3]
-    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(sorted(known)[:12])}"
+    return f"did you mean {' or '.join(close)}?" if close else _known(known)
+
+
+def _known(known: list[str]) -> str:
+    if not known:
+        return "none are known"
+    turns: Counter[str] = Counter()
+
+    def turn(name: str) -> int:
+        word = re.split("[-_.]", name)[0]
+        turns[word] += 1
+        return turns[word]
+
+    # One of each first word comes before a second of any: many names often begin alike.
+    shown = sorted(sorted(sorted(known), key=turn)[:_SHOWN])
+    more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
+    return f"known are {', '.join(shown)}{more}"
 
 
 class Registry(Generic[T]):
@@ -97,9 +116,11 @@ class Registry(Generic[T]):
         for point in entry_points(group=self.group):
             try:
                 loaded = point.load()
-            except (ImportError, AttributeError) as error:
+            except Exception as error:
+                # Loading runs the plugin's own module, which may fail in any way.
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 raise UnknownNameError(
-                    f"plugin '{point.name}' = {point.value} cannot be loaded: {error}; repair or uninstall it"
+                    f"plugin '{point.name}' = {point.value} cannot be loaded: {reason}; repair or uninstall it"
                 ) from error
             for name, thing in self._accept(point, loaded):
                 if self._things.get(name) is not thing:

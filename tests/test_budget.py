@@ -196,7 +196,7 @@ def test_wrong_combinations_are_refused() -> None:
     with pytest.raises(VlmError, match="square views"):
         token_budget(replace(CLIP, image_size=(336, 672)), "mlp", tiler=AnyResTiler())
     with pytest.raises(TokenShapeError, match="32 queries"):
-        token_budget(CLIP, "qformer:layers=1+linear", tiler="anyres")
+        token_budget(CLIP, "qformer:layers=1+linear", tiler="anyres", layout=AnyResTiler.layout)
     with pytest.raises(UnknownNameError, match="did you mean anyres"):
         token_budget(CLIP, "mlp", tiler="anyress")
     with pytest.raises(VlmError, match="at least 1 px"):

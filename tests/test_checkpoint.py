@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from connectors import MLP
+from connectors import MLP, VlmError
 from vlm_encoders.registry import create_encoder
 from vlm_encoders.testing import tiny_llm
 from vlm_encoders.vlm import part_weights
@@ -179,3 +179,12 @@ def test_the_hash_sees_names_dtypes_shapes_and_every_byte() -> None:
     digest = part_weights.module_hash
     assert digest(base) == digest({"b": base["b"].clone(), "a": torch.arange(12.0)[::2] / 2})
     assert len({digest(base), *(digest(other) for other in others)}) == len(others) + 1
+
+
+def test_a_file_in_the_place_of_a_folder_is_left_alone(kit: Any) -> None:
+    place = kit.root / "run"
+    place.write_text("mine")
+    with pytest.raises(VlmError, match="a file of that name is there"):
+        kit.build().save_pretrained(place)
+    assert place.read_text() == "mine"
+    assert not list(kit.root.glob(".run*"))

@@ -118,3 +118,12 @@ def test_generate_says_which_placeholder_has_no_picture(data: Path, tmp_path: Pa
     model = str(tmp_path / "run" / "model")
     with pytest.raises(VlmError, match="2 image placeholders, 0 images"):
         run("generate", model, "--prompt", "<image><image>What is in row 1?")
+
+
+def test_the_demo_leaves_a_folder_that_is_not_its_own(tmp_path: Path) -> None:
+    precious = tmp_path / "data" / "precious.txt"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    with pytest.raises(VlmError, match="holds something that is not an earlier demo's"):
+        run("demo", "--output", str(tmp_path), "--steps", "1")
+    assert precious.read_text() == "mine"

@@ -509,6 +509,23 @@ def test_folders_that_hold_no_encoder_are_refused(tmp_path: Path, fresh_registry
         create_encoder(f"hf:{tmp_path}")
 
 
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, r"has no config\.json; timm's save_for_hf writes one"),
+        (b"{", "is no JSON: .*; repair the file"),
+        (b"\xff", "is no JSON: .*; repair the file"),
+        (b"[]", "holds no JSON object"),
+        (b"{}", "names no timm architecture"),
+    ],
+)
+def test_a_timm_folder_s_broken_config_is_refused(content: bytes | None, sentence: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(VlmError, match=f"^timm:{tmp_path}: .*{sentence}"):
+        encoder_spec(f"timm:{tmp_path}")
+
+
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, fresh_registry: None) -> None:
     whole("clip", tmp_path)
     register_encoder(dataclasses.replace(SMALL_CLIP, dim=64))

@@ -68,7 +68,7 @@ def fresh_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def _this_module() -> Any:
     from types import SimpleNamespace
 
-    return SimpleNamespace(PatchMean=PatchMean)
+    return SimpleNamespace(PatchMean=PatchMean, SameBlockTwice=SameBlockTwice)
 
 
 @pytest.mark.parametrize("name", list_encoders())
@@ -110,6 +110,18 @@ def test_check_encoder_fails_on_wrong_blocks_and_tokens(fresh_registry: None) ->
         check_encoder("two-blocks")
 
 
+class SameBlockTwice(PatchMean):
+    def blocks(self) -> list[nn.Module]:
+        return [self.scale, self.scale]
+
+
+def test_check_encoder_says_what_is_broken(fresh_registry: None) -> None:
+    backend = f"{__name__}:SameBlockTwice"
+    register_encoder(dataclasses.replace(PLUGIN, name="twice", backend=backend, num_layers=2))
+    with pytest.raises(VlmError, match=r"^twice: blocks\(\) gives a block twice"):
+        check_encoder("twice")
+
+
 def test_forward_takes_no_other_shape() -> None:
     with torch.device("meta"):
         encoder = create_encoder("clip-vit-b-32", pretrained=False)
@@ -130,6 +142,8 @@ def test_unknown_names_get_the_nearest() -> None:
         "timm:vit_tiny_patch16_22": "vit_tiny_patch16_224",
         "open_clip:ViT-B-3/openai": "ViT-B-32",
         "open_clip:ViT-B-32/laion2b_s34b": "laion2b_s34b_b79k",
+        "open_clip:ViT-B-32/none": r"laion2b_e16, .*openai and \d+ more",
+        "open_clip:ViT-B-32": r"laion2b_e16, .*openai and \d+ more",
     }.items():
         with pytest.raises(UnknownNameError, match=hint):
             encoder_spec(name)
@@ -153,6 +167,9 @@ def test_unknown_names_get_the_nearest() -> None:
         ("open_clip:ViT-B-16-SigLIP/webli", {}, "timm:"),
         ("open_clip:RN50/openai", {}, "no ViT"),
         ("timm:resnet18", {}, "timm:resnet18"),
+        ("timm:naflexvit_base_patch16_gap", {}, "NaFlexVit is not supported yet"),
+        ("timm:hrnet_w18", {}, "HighResolutionNet is not supported yet"),
+        ("timm:xcit_nano_12_p8_224", {}, "Xcit is not supported yet"),
     ],
 )
 def test_what_an_encoder_cannot_be_is_said(name: str, options: dict[str, Any], sentence: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import pickle
 import struct
@@ -229,6 +230,42 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         assert str(path) in str(caught.value)
     with pytest.raises(VlmError, match="image bytes is no image"):
         load_image(b"nothing")
+
+
+def test_a_file_that_the_system_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(VlmError, match=r"^image 'a{200}\.\.\.' cannot be read: File name too long; check"):
+        load_image("a" * 5000)
+    path = tmp_path / "secret.png"
+    path.write_bytes(encoded(picture((4, 4))))
+
+    def refuse(_: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    # Rights bind no superuser, who may well run the tests.
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(VlmError, match=f"^image '{path}' cannot be read: Permission denied; check"):
+        load_image(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "through"),
+    [
+        ("clip-vit-b-32", (1, 20_000), "224x4480000"),
+        ("clip-vit-b-32", (20_000, 1), "4480000x224"),
+        ("siglip-b-16-224", (1, 1_000_000), "224x1000000"),
+    ],
+)
+def test_a_strip_that_would_grow_beyond_the_limit_is_refused(name: str, size: tuple[int, int], through: str) -> None:
+    words = f"image of {size[0]}x{size[1]} px would be resized through {through} px, over the limit of {MAX_PIXELS} px"
+    with pytest.raises(VlmError, match=words):
+        Preprocessor(encoder_spec(name))(Image.new("RGB", size))
+
+
+@pytest.mark.parametrize("size", [(20, 3000), (3000, 20)])
+def test_a_long_picture_still_has_the_pixels_of_transformers(size: tuple[int, int]) -> None:
+    image = picture(size)
+    expected = hf_processor("clip-vit-b-32")(image, return_tensors="pt")["pixel_values"]
+    assert torch.equal(Preprocessor(encoder_spec("clip-vit-b-32"))(image), expected)
 
 
 def test_a_decompression_bomb_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

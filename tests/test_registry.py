@@ -65,6 +65,15 @@ def test_nearest_names() -> None:
     assert nearest("", known) == "known are mlp, perceiver, pixel_shuffle"
 
 
+def test_a_long_list_is_cut_by_its_first_words_and_counted() -> None:
+    tags = [*(f"pool_{index:02}" for index in range(20)), "laion2b_e16", "openai"]
+    shown = [*("laion2b_e16", "openai"), *(f"pool_{index:02}" for index in range(10))]
+    assert nearest("", tags) == f"known are {', '.join(shown)} and 10 more"
+    assert nearest("", tags[:13]) == f"known are {', '.join(tags[:12])} and 1 more"
+    assert nearest("", tags[:12]) == f"known are {', '.join(tags[:12])}"
+    assert nearest("zzz", []) == "none are known"
+
+
 def test_a_name_is_taken_once(install: Install) -> None:
     things = install()
     things.register("mine", 1, "first")
@@ -102,6 +111,12 @@ def test_a_broken_plugin_is_named_each_time(install: Install, value: str) -> Non
     for _ in range(2):
         with pytest.raises(UnknownNameError, match=f"plugin 'broken' = {value} cannot be loaded: .*; repair or unin"):
             things.names()
+
+
+@pytest.mark.parametrize("code", ["raise RuntimeError('no GPU')", "1 / 0", "seven = = 7", "raise KeyError('a\\nb')"])
+def test_a_plugin_that_fails_at_import_is_named(install: Install, code: str) -> None:
+    with pytest.raises(UnknownNameError, match=r"^plugin 'broken' = some_plugin:seven cannot be loaded: \w+: .+; re"):
+        install(code, broken="some_plugin:seven").names()
 
 
 def test_a_plugin_cannot_take_a_built_in_name(install: Install) -> None:

@@ -51,6 +51,8 @@ def test_given_settings_stand_over_the_file(tmp_path: Path) -> None:
         (LINES + "learning_rate = 0.0\n", "learning_rate must be above 0, got 0.0"),
         (LINES + "weight_decay = nan\n", "weight_decay must be 0 or more, got nan"),
         (LINES + 'model = "m"\nllm = "l"\n', "model='m' has its own llm"),
+        (LINES + 'model = "m"\ndtype = "bfloat16"\n', "model='m' has its own dtype"),
+        (LINES + 'dtype = "fp32"\n', "dtype must be 'float32' or 'bfloat16' or 'float16', got 'fp32'"),
     ],
 )
 def test_mistakes_are_told(tmp_path: Path, text: str, sentence: str) -> None:
@@ -73,6 +75,11 @@ def test_every_setting_is_explained() -> None:
     for name in TrainConfig.__dataclass_fields__:
         (place,) = [number for number, line in enumerate(lines) if line.startswith(f"    {name}: ")]
         assert lines[place + 1].startswith('    """'), name
+
+
+def test_a_run_is_saved_on_its_way_unless_told_otherwise() -> None:
+    assert TrainConfig(**PATHS).save_every == 500
+    assert TrainConfig(**PATHS, save_every=None).save_every is None
 
 
 def test_the_settings_are_frozen() -> None:

@@ -19,6 +19,7 @@ from connectors import build_connector
 from connectors.errors import VlmError
 from vlm_encoders.encoder import Encoder
 from vlm_encoders.training import ConversationDataset, TrainConfig, Trainer, exact_match, mean_loss
+from vlm_encoders.training.progress import write_log
 from vlm_encoders.training.step import SummedLoss, take_step
 from vlm_encoders.vlm.model import VisionLanguageModel
 from vlm_encoders.vlm.processor import VLMProcessor
@@ -199,6 +200,30 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(make: Make, monkeypatch: py
     output = Path(whole.config.output)
     assert sorted(path.name for path in output.iterdir()) == ["latest", "log.jsonl", "step-000002"]
     assert make(save_every=2).fit(resume=True).steps == 6
+
+
+@pytest.mark.parametrize(("number", "advice"), [(28, "free some space"), (13, "give another folder")])
+def test_an_output_folder_that_cannot_be_written_is_told_before_the_first_step(
+    make: Make, monkeypatch: pytest.MonkeyPatch, number: int, advice: str
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    trainer = make()
+    with pytest.raises(VlmError, match=rf"output folder '.*' cannot be written \({os.strerror(number)}\); {advice}"):
+        trainer.fit()
+    monkeypatch.undo()
+    Path(trainer.config.output).rmdir()
+    Path(trainer.config.output).write_text("")
+    with pytest.raises(VlmError, match=r"cannot be written \(File exists\); give another folder"):
+        trainer.fit()
+
+
+def test_only_a_full_disk_is_told_to_be_freed(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(VlmError, match=r"cannot be written \(Is a directory\); make it writable and resume"):
+        write_log(tmp_path / "log.jsonl", {"step": 1})
 
 
 def test_a_new_run_does_not_write_over_an_old_one(make: Make) -> None:
@@ -394,6 +419,16 @@ def test_bfloat16_autocast_keeps_float32_weights(make: Make) -> None:
     result = trainer.fit()
     assert result.losses != make(output=str(Path(trainer.config.output) / "full")).fit().losses
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
+def test_weights_that_train_in_float16_are_refused(make: Make) -> None:
+    trainer = make(STAGE_2)
+    trainer.model.llm.half()
+    with pytest.raises(VlmError, match="the llm would train in float16"):
+        trainer.fit()
+    frozen = make(STAGE_1)
+    frozen.model.llm.half()
+    assert frozen.fit().moved["connector"]
 
 
 def test_settings_that_contradict_the_parts_are_refused(make: Make) -> None:

@@ -8,11 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from connectors import MLP
+from connectors import MLP, TokenSpec, build_connector
 from connectors.errors import VlmError
 from vlm_encoders.encoder import Encoder
+from vlm_encoders.registry import create_encoder
 from vlm_encoders.tiling.layout import TileLayout
-from vlm_encoders.training.optim import build_optimizer, build_schedule, cosine_with_warmup, parameter_groups
+from vlm_encoders.training.optim import (
+    _NO_DECAY,
+    build_optimizer,
+    build_schedule,
+    cosine_with_warmup,
+    parameter_groups,
+)
 from vlm_encoders.vlm.model import VisionLanguageModel
 from vlm_encoders.vlm.stages import STAGE_1, STAGE_2_LORA, STAGE_3, StagePolicy, apply_stage, trainable_parameters
 
@@ -94,6 +101,21 @@ def test_norms_biases_and_learned_tokens_do_not_decay(model: VisionLanguageModel
     for name, value in decay.items():
         if name.endswith("bias"):
             assert value == 0.0
+
+
+TIMM = {"timm:vit_small_patch14_reg4_dinov2", "timm:samvit_base_patch16"}
+
+
+def test_the_words_for_no_decay_are_those_of_our_parameters() -> None:
+    names = {"clip-vit-b-32", "dinov2-vit-s-14-reg", "openclip-vit-b-32-laion2b", "swin-t-224", "sam-vit-b", *TIMM}
+    with torch.device("meta"):
+        parts = [create_encoder(name, pretrained=False) for name in names]
+        connectors = [build_connector(name, TokenSpec(4, 768, (2, 2)), 768) for name in ("perceiver", "qformer")]
+    named = [pair for part in (*parts, *connectors) for pair in part.named_parameters()]
+    for word in _NO_DECAY:
+        assert [name for name, parameter in named if word in name and parameter.ndim > 1], word
+    learned = [name for name, parameter in named if parameter.ndim > 1 and not name.endswith("weight")]
+    assert not [name for name in learned if not any(word in name for word in _NO_DECAY)]
 
 
 def test_the_optimizer_holds_no_frozen_weight(model: VisionLanguageModel) -> None:

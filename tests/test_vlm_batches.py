@@ -36,7 +36,7 @@ def build(
     connector = build_connector("pixel_shuffle:factor=2+mlp", encoder.token_spec, 32)
     processor = VLMProcessor(encoder, connector, tokenizer, tiler=tiler)
     image_token_id = processor.image_token_id
-    model = VisionLanguageModel(encoder, connector, llm, image_token_id=image_token_id, layout=processor.tiler.layout)
+    model = VisionLanguageModel(encoder, connector, llm, image_token_id=image_token_id, layout=processor.layout)
     return model.eval(), processor
 
 

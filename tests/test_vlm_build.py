@@ -11,6 +11,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM, Pr
 
 from connectors.errors import UnknownNameError, VlmError
 from vlm_encoders.vlm.build import build_model, load_llm
+from vlm_encoders.vlm.model import VisionLanguageModel
+from vlm_encoders.vlm.stages import STAGE_1, STAGE_2, STAGE_2_LORA, StagePolicy, apply_stage
 
 
 @pytest.fixture
@@ -29,11 +31,11 @@ def folders(tmp_path: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokeni
 def test_a_model_of_names_answers(folders: Path) -> None:
     model, processor = build_model(f"hf:{folders}/clip", "mlp", folders / "llm", tiler="anyres", dtype=torch.bfloat16)
     assert not any(module.training for module in model.modules())
-    assert {
-        parameter.dtype for part in (model.encoder, model.connector, model.llm) for parameter in part.parameters()
-    } == {torch.bfloat16}
+    parts = (model.encoder, model.connector, model.llm)
+    dtypes = [{parameter.dtype for parameter in part.parameters()} for part in parts]
+    assert dtypes == [{torch.bfloat16}, {torch.float32}, {torch.bfloat16}]
     assert processor.max_length == 512
-    assert model.layout == processor.tiler.layout
+    assert model.layout == processor.layout
     sample = processor.sample(
         [{"role": "user", "content": "<image> w1"}, {"role": "assistant", "content": "w2"}],
         [Image.new("RGB", (60, 30))],
@@ -43,11 +45,52 @@ def test_a_model_of_names_answers(folders: Path) -> None:
     assert loss.isfinite()
 
 
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [
+        (STAGE_1, torch.bfloat16),
+        (STAGE_2, torch.bfloat16),
+        (STAGE_2_LORA, torch.bfloat16),
+        (STAGE_1, torch.float16),
+        (STAGE_2_LORA, torch.float16),
+    ],
+)
+def test_a_model_of_two_dtypes_trains_and_is_saved(folders: Path, stage: StagePolicy, dtype: torch.dtype) -> None:
+    model, processor = build_model(f"hf:{folders}/clip", "mlp", folders / "llm", tiler="anyres", dtype=dtype)
+    turns = [{"role": "user", "content": "<image> w1"}, {"role": "assistant", "content": "w2 w3"}]
+    batch = processor.collate([processor.sample(turns, [Image.new("RGB", (60, 30), (90, 20, 200))])])
+    apply_stage(model, stage).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in model.connector.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    first = model(**batch).loss
+    first.backward()
+    optimizer.step()
+    assert all(not torch.equal(old, new) for old, new in zip(before, model.connector.parameters(), strict=True))
+    model.eval()
+    expected = model(**batch).loss
+    assert expected < first
+    model.save_pretrained(folders / "saved")
+    loaded = VisionLanguageModel.from_pretrained(folders / "saved")
+    assert [each.dtype for each in loaded.connector.parameters()] == [torch.float32] * len(before)
+    assert torch.equal(loaded(**batch).loss, expected)
+
+
 def test_wrong_names_are_answered(folders: Path) -> None:
     with pytest.raises(UnknownNameError, match="pixel_shuffle"):
         build_model(f"hf:{folders}/clip", "pixel_shufle+mlp", folders / "llm")
     with pytest.raises(UnknownNameError, match="anyres"):
         build_model(f"hf:{folders}/clip", "mlp", folders / "llm", tiler="anyre")
+
+
+def test_names_are_read_before_the_llm_is(folders: Path) -> None:
+    missing = folders / "no-llm"
+    with pytest.raises(UnknownNameError, match="no encoder 'clip-vit'"):
+        build_model("clip-vit", "mlp", missing)
+    with pytest.raises(VlmError, match="is not option=value"):
+        build_model(f"hf:{folders}/clip", "pixel_shuffle:2+mlp", missing)
+    with pytest.raises(UnknownNameError, match="no tiler 'anyre'"):
+        build_model(f"hf:{folders}/clip", "mlp", missing, tiler="anyre")
 
 
 def test_an_llm_that_cannot_be_loaded_is_told_in_a_sentence(folders: Path) -> None:

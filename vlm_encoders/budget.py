@@ -27,11 +27,11 @@ class TokenBudget:
     Attributes:
         encoder: its name.
         connector: its recipe.
-        image_size: (height, width) of the image in px.
         views: pictures that the encoder sees.
-        encoder_tokens: N of a view before the connector, without prefix.
         per_view: tokens of a view behind the connector.
         total: the token budget: all that the image costs the LLM, newlines included.
+        image_size: (height, width) of the image in px.
+        encoder_tokens: N of a view before the connector, without prefix.
         grid: (rows, columns) of a view's tokens behind the connector; None for queries.
         dim: H, width of the LLM.
         connector_parameters: of the connector with its newline vector: Stage 1 trains them.
@@ -47,11 +47,11 @@ class TokenBudget:
 
     encoder: str
     connector: str
-    image_size: Size
     views: int
-    encoder_tokens: int
     per_view: int
     total: int
+    image_size: Size
+    encoder_tokens: int
     grid: Grid | None
     dim: int
     connector_parameters: int
@@ -97,10 +97,10 @@ def token_budget(
     if not isinstance(tiler, Tiler):
         tiler = build_tiler("whole" if tiler is None else tiler, spec.image_size[0])
     tiler.check(spec)
-    layout = layout or tiler.layout
     plan = tiler.plan(image_size or spec.image_size)
     tokens = spec.token_spec()
     out, parameters, connector_flops = measure_connector(connector, tokens, llm_dim)
+    layout = layout or tiler.layout_for(out)
     total = layout.num_tokens(plan, out)
     per_layer = 2 * total * (llm_dim if kv_dim is None else kv_dim) * value_bytes
     flops = encoder_flops(spec)

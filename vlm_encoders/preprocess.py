@@ -28,6 +28,7 @@ MAX_PIXELS = 178_956_970
 """Largest image that is decoded, px, as in Pillow. More is taken for a decompression bomb."""
 
 _GIVE = "give a path, bytes, PIL image, (H, W, 3) array or (3, H, W) tensor"
+_SHOWN = 200
 _BACKGROUND = (255, 255, 255)
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -39,16 +40,12 @@ def load_image(image: ImageLike) -> Image.Image:
     to 8, and grey, palette and CMYK images become RGB.
 
     Raises:
-        VlmError: the image is missing, empty, truncated, too large or no image; the file is named.
+        VlmError: the image is missing, unreadable, empty, truncated, too large or no image; the file is named.
     """
     if isinstance(image, Image.Image):
         return _to_rgb(image, "the image")
     if isinstance(image, (str, Path)):
-        path = Path(image)
-        if not path.is_file():
-            what = "a folder" if path.is_dir() else "missing"
-            raise VlmError(f"image '{path}' is {what}; give the path of an image file")
-        return _decode(path.read_bytes(), f"image '{path}'")
+        return _decode(_read(Path(image)), f"image '{image}'")
     if isinstance(image, bytes):
         return _decode(image, "image bytes")
     return Image.fromarray(_as_array(image))
@@ -71,7 +68,7 @@ class Preprocessor:
         """Make float32 pixels (B, 3, S, S) of one image or several.
 
         Raises:
-            VlmError: there is no image, or one cannot be read.
+            VlmError: there is no image, or one cannot be read or is too narrow to be resized.
         """
         import torch
 
@@ -96,13 +93,12 @@ class Preprocessor:
         height, width = spec.image_size
         flt = _FILTERS[spec.interpolation]
         if spec.resize == "squash":
-            return image.resize((width, height), flt)
+            return _resized(image, spec.image_size, flt)
         if spec.resize == "pad":
-            rows, columns = fit_size((image.height, image.width), spec.image_size)
-            return image.resize((columns, rows), flt)
+            return _resized(image, fit_size((image.height, image.width), spec.image_size), flt)
         goal = (int(height / spec.crop_pct), int(width / spec.crop_pct))
         rows, columns = cover_size((image.height, image.width), goal)
-        resized = image.resize((columns, rows), flt)
+        resized = _resized(image, (rows, columns), flt)
         top, left = self._offset(rows - height), self._offset(columns - width)
         return resized.crop((left, top, left + width, top + height))
 
@@ -127,6 +123,18 @@ def fit_size(image_size: Grid, goal: Grid) -> Grid:
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
+def _resized(image: Image.Image, size: Grid, flt: Image.Resampling) -> Image.Image:
+    rows, columns = size
+    # Pillow resizes the width first, so an image as tall as the given one lies between.
+    tallest = max(rows, image.height)
+    if tallest * columns > MAX_PIXELS:
+        raise VlmError(
+            f"an image of {image.width}x{image.height} px would be resized through {columns}x{tallest} px, "
+            f"over the limit of {MAX_PIXELS} px; crop it first"
+        )
+    return image.resize((columns, rows), flt)
+
+
 def _as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
     if isinstance(images, (str, Path, bytes, Image.Image)):
         return [images]
@@ -137,6 +145,18 @@ def _as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
         return list(images)
     except TypeError:
         raise VlmError(f"a {type(images).__name__} is no image; {_GIVE}") from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.is_file():
+            return path.read_bytes()
+        what = "a folder" if path.is_dir() else "missing"
+    except OSError as error:
+        # What is too long for a path is often an encoded image; its beginning is enough to know it.
+        shown = str(path) if len(str(path)) <= _SHOWN else f"{str(path)[:_SHOWN]}..."
+        raise VlmError(f"image '{shown}' cannot be read: {error.strerror}; check the path and its rights") from error
+    raise VlmError(f"image '{path}' is {what}; give the path of an image file")
 
 
 def _decode(data: bytes, name: str) -> Image.Image:

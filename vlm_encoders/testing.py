@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from connectors.errors import UnknownNameError
+from connectors.errors import UnknownNameError, VlmError
 from connectors.registry import nearest
 from connectors.tokens import VisualTokens
 from vlm_encoders.encoder import Encoder
@@ -57,7 +57,7 @@ def check_encoder(name: str, *, device: str = "meta", **options: Any) -> None:
         **options: for `create_encoder`.
 
     Raises:
-        AssertionError: the encoder breaks the contract; the sentence says where.
+        VlmError: the encoder breaks the contract; the sentence says where.
     """
     with torch.device(device):
         encoder = create_encoder(name, pretrained=False, **options)
@@ -133,4 +133,4 @@ def _check_blocks(encoder: Encoder) -> None:
 
 def _require(condition: bool, sentence: str) -> None:  # noqa: FBT001
     if not condition:
-        raise AssertionError(sentence)
+        raise VlmError(sentence)

@@ -16,7 +16,6 @@ import typer
 from connectors.errors import VlmError
 from vlm_encoders.cli.budget import print_budgets, print_released
 from vlm_encoders.cli.console import print_table, quiet_libraries
-from vlm_encoders.cli.train import print_parts
 
 if TYPE_CHECKING:
     from vlm_encoders.training.evaluate import EvalResult
@@ -42,6 +41,7 @@ def demo(
 ) -> None:
     """Show the whole way in minutes: budgets, Stage 1, accuracy, a saved model that answers."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    _claim(output)
     started = time.monotonic()
     quiet_libraries()
     _title("1. What a picture costs the LLM")
@@ -53,13 +53,29 @@ def demo(
     typer.echo(f"\nThe whole way took {time.monotonic() - started:.0f} s; all of it is in {output}.\n\n{NEXT}")
 
 
+def _claim(output: Path) -> None:
+    """Empty the folder of an earlier demo; any other folder that holds something is left alone."""
+    mark = output / "demo.txt"
+    if output.exists() and not mark.is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise VlmError(f"'{output}' holds something that is not an earlier demo's; give a new folder by --output")
+    for name in ("data", "train", "model"):
+        shutil.rmtree(output / name, ignore_errors=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        mark.write_text("written by vlm-encoders demo, which empties this folder when it runs again\n")
+    except OSError as error:
+        raise VlmError(f"'{output}' cannot be written: {error.strerror}; give another folder by --output") from error
+
+
 def _title(text: str) -> None:
     typer.echo(f"\n{text}\n{'=' * len(text)}")
 
 
 def _show_budgets() -> None:
-    from sklearn.datasets import load_sample_image
-
+    try:
+        from sklearn.datasets import load_sample_image
+    except ImportError as error:
+        raise VlmError("the demo data needs scikit-learn; pip install 'vlm-encoders[demo]'") from error
     from vlm_encoders.budget import token_budget
     from vlm_encoders.released_budget import released_budgets
     from vlm_encoders.tiny.stage1 import RECIPES, TINY_ENCODER
@@ -78,13 +94,10 @@ def _train_and_compare(output: Path, recipe: str, steps: int, seed: int) -> None
     from vlm_encoders.vlm.checkpoint import part_hashes
     from vlm_encoders.vlm.stages import STAGE_1, apply_stage
 
-    # Only what an earlier demo left in its own folder.
-    for name in ("data", "train"):
-        shutil.rmtree(output / name, ignore_errors=True)
     model, processor = build_tiny(recipe, seed=seed)
     run = tiny_run(output, recipe, steps=steps, seed=seed)
     apply_stage(model, STAGE_1.with_lr(run.config.learning_rate))
-    print_parts(model)
+    typer.echo(str(model.describe()))
     train_data, held_out = run.load(processor)
     before, hashes = exact_match(model, processor, held_out, batch_size=48), part_hashes(model)
     _title(f"3. Stage 1: the projector alone, {len(train_data)} pictures, {steps} steps")

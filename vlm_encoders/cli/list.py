@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from connectors.errors import UnknownNameError
 from vlm_encoders.cli.console import count, print_table
 
 __all__ = ["list_names"]
@@ -20,8 +21,10 @@ def list_names(
     if connectors:
         from connectors.base import list_connectors
 
-        for name in list_connectors(pattern):
-            typer.echo(name)
+        names = list_connectors(pattern)
+        if not names:
+            raise UnknownNameError(f"no connector matches '{pattern}'; known are {', '.join(list_connectors())}")
+        typer.echo("\n".join(names))
         return
     from vlm_encoders.registry import encoder_spec, list_encoders
 
@@ -34,8 +37,6 @@ def list_names(
         cost = (str(tokens.num_tokens), grid, str(tokens.num_prefix), str(tokens.dim), count(spec.parameters))
         rows.append((name, spec.family, size, *cost, spec.licence))
     if not rows:
-        from connectors.errors import UnknownNameError
-
         known = ", ".join(sorted({encoder_spec(name).family for name in list_encoders()}))
         raise UnknownNameError(f"no encoder matches '{pattern}' in {family or 'any family'}; families are {known}")
     headers = ("encoder", "family", "px", "tokens", "grid", "prefix", "width", "params", "licence")

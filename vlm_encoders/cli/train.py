@@ -11,6 +11,8 @@ from connectors.errors import UnknownNameError, VlmError
 from vlm_encoders.cli.console import count, print_table, quiet_libraries
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from vlm_encoders.training.config import TrainConfig
     from vlm_encoders.training.trainer import TrainResult
     from vlm_encoders.vlm.model import VisionLanguageModel
@@ -29,15 +31,19 @@ def train(
     llm: Annotated[str | None, typer.Option(help="Hub id or folder of the LLM; 'tiny' for the embedded one.")] = None,
     model: Annotated[str | None, typer.Option(help="Saved model to go on from, in place of the three.")] = None,
     tiler: Annotated[str | None, typer.Option(help="whole, anyres or internvl.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of encoder and LLM: float32, bfloat16 or float16.")] = None,
     stage: Annotated[str | None, typer.Option(help="stage-1, stage-2, stage-2-lora or stage-3.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples a step and process.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak rate, in place of the stage's own.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints, 500 when left out.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
 ) -> None:
     """Train a stage; options stand over the file's settings."""
     quiet_libraries()
+    from vlm_encoders.training.run import join_processes
+
     given: dict[str, Any] = {
         "data": data,
         "image_folder": image_folder,
@@ -47,17 +53,26 @@ def train(
         "llm": llm,
         "model": model,
         "tiler": tiler,
+        "dtype": dtype,
         "stage": stage,
         "steps": steps,
         "epochs": epochs,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
+        "save_every": save_every,
     }
     settings = _settings(config, {key: value for key, value in given.items() if value is not None})
+    _check(settings, resume=resume)
+    processes = join_processes(cpu=settings.cpu)
     built, processor = _parts(settings)
-    result = _run(settings, built, processor, resume=resume)
-    folder = Path(settings.output) / "model"
-    built.save_pretrained(folder)
+    result = _run(settings, built, processor, processes, resume=resume)
+    if processes.is_main_process:
+        _finish(Path(settings.output) / "model", built, processor, result)
+    processes.wait_for_everyone()
+
+
+def _finish(folder: Path, model: VisionLanguageModel, processor: VLMProcessor, result: TrainResult) -> None:
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
     typer.echo(f"{result.steps} steps in {result.seconds:.0f} s, loss {result.losses[-1]:.4f}; model saved to {folder}")
     typer.echo(f'ask it: vlm-encoders generate {folder} PICTURE --prompt "..."')
@@ -94,33 +109,71 @@ def _settings(path: Path | None, given: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**given)
 
 
+def _check(settings: TrainConfig, *, resume: bool) -> None:
+    """Refuse what no run can use, before anything large is loaded."""
+    from connectors.registry import nearest
+    from vlm_encoders.training.check import check_data
+    from vlm_encoders.training.progress import make_output
+    from vlm_encoders.training.state import checkpoint_to_resume
+    from vlm_encoders.vlm.stages import STAGES
+
+    if settings.stage not in STAGES:
+        raise UnknownNameError(f"no stage '{settings.stage}'; {nearest(settings.stage, list(STAGES))}")
+    if not Path(settings.image_folder).is_dir():
+        raise VlmError(
+            f"the image folder '{settings.image_folder}' is no folder; give the one that image paths start from"
+        )
+    for data in filter(None, (settings.data, settings.eval_data)):
+        check_data(data, settings.image_folder).raise_on_problems()
+    checkpoint_to_resume(Path(settings.output), resume=resume)
+    make_output(Path(settings.output))
+
+
 def _parts(settings: TrainConfig) -> tuple[VisionLanguageModel, VLMProcessor]:
+    import torch
+
     from vlm_encoders.tiny import llm_folder
     from vlm_encoders.vlm.build import build_model
     from vlm_encoders.vlm.checkpoint import load_model
     from vlm_encoders.vlm.processor import VLMProcessor
 
+    # What is new starts from random weights, and a run of the same seed must have the same ones.
+    torch.manual_seed(settings.seed)
     if settings.model is not None:
         model = load_model(Path(settings.model))
-        return model, VLMProcessor.from_pretrained(settings.model, model)
+        processor = VLMProcessor.from_pretrained(settings.model, model)
+        if settings.max_length is not None:
+            processor.max_length = settings.max_length
+        return model, processor
     if settings.encoder is None or settings.connector is None or settings.llm is None:
         raise VlmError("training needs --encoder, --connector and --llm, or --model with a saved model")
-    llm = llm_folder() if settings.llm == "tiny" else settings.llm
-    return build_model(settings.encoder, settings.connector, llm, tiler=settings.tiler, max_length=settings.max_length)
+    return build_model(
+        settings.encoder,
+        settings.connector,
+        llm_folder() if settings.llm == "tiny" else settings.llm,
+        tiler=settings.tiler,
+        dtype=getattr(torch, settings.dtype),
+        max_length=settings.max_length,
+    )
 
 
-def _run(settings: TrainConfig, model: VisionLanguageModel, processor: VLMProcessor, *, resume: bool) -> TrainResult:
-    from connectors.registry import nearest
+def _run(
+    settings: TrainConfig,
+    model: VisionLanguageModel,
+    processor: VLMProcessor,
+    processes: PartialState,
+    *,
+    resume: bool,
+) -> TrainResult:
     from vlm_encoders.training.data import ConversationDataset
     from vlm_encoders.training.trainer import Trainer
     from vlm_encoders.vlm.stages import STAGES, apply_stage
 
-    if settings.stage not in STAGES:
-        raise UnknownNameError(f"no stage '{settings.stage}'; {nearest(settings.stage, list(STAGES))}")
     dataset = ConversationDataset(settings.data, settings.image_folder, processor)
     unseen = None
     if settings.eval_data is not None:
         unseen = ConversationDataset(settings.eval_data, settings.image_folder, processor)
     apply_stage(model, STAGES[settings.stage].with_lr(settings.learning_rate))
-    print_parts(model)
+    if processes.is_main_process:
+        print_parts(model)
     return Trainer(model, processor, dataset, settings, eval_dataset=unseen).fit(resume=resume)

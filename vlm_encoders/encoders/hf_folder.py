@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from connectors.errors import VlmError
-from vlm_encoders.encoders.weights import snapshot
+from vlm_encoders.encoders.weights import read_json, snapshot
 from vlm_encoders.spec import EncoderSpec, as_size
 
 __all__ = ["explain"]
@@ -65,7 +64,7 @@ def explain(name: str, source: str) -> EncoderSpec:
     """
     path = Path(source).expanduser()
     folder = path if path.is_dir() else snapshot(source, name, weights=False)
-    raw = _read_json(folder / "config.json", name)
+    raw = read_json(folder / "config.json", name)
     family = _FAMILIES.get(raw.get("model_type", ""))
     if family is None:
         raise VlmError(
@@ -124,9 +123,9 @@ def _preprocessing(folder: Path, family: _Family, side: int, name: str) -> dict[
     """Read how images are made into pixels, or fall back on the family's way."""
     found: dict[str, Any] = {}
     if (folder / "preprocessor_config.json").is_file():
-        found = _read_json(folder / "preprocessor_config.json", name)
+        found = read_json(folder / "preprocessor_config.json", name)
     elif (folder / "processor_config.json").is_file():
-        found = _read_json(folder / "processor_config.json", name).get("image_processor", {})
+        found = read_json(folder / "processor_config.json", name).get("image_processor", {})
     colours = _COLOURS.get(family.name, _IMAGENET)
     resample = found.get("resample", 2 if family.name == "sam" else 3)
     if resample not in _FILTERS:
@@ -154,18 +153,6 @@ def _placing(found: dict[str, Any], family: _Family, side: int, name: str) -> di
     crop = crop if isinstance(crop, int) else (crop["height"], crop["width"])
     goal = as_size(crop, name)
     return {"image_size": goal, "resize": "crop", "crop_pct": min(goal) / shortest}
-
-
-def _read_json(path: Path, name: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise VlmError(f"{name}: '{path.parent}' has no {path.name}; transformers' save_pretrained writes one")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise VlmError(f"{name}: '{path}' is no JSON: {error}; repair the file") from error
-    if not isinstance(content, dict):
-        raise VlmError(f"{name}: '{path}' holds no JSON object; repair the file")
-    return content
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +12,7 @@ from connectors.errors import UnknownNameError, VlmError
 from connectors.registry import nearest
 from connectors.tokens import VisualTokens
 from vlm_encoders.encoder import Encoder
-from vlm_encoders.encoders.weights import find_weights, load_state
+from vlm_encoders.encoders.weights import find_weights, load_state, read_json
 from vlm_encoders.spec import EncoderSpec
 
 __all__ = ["TimmEncoder", "explain"]
@@ -80,7 +79,7 @@ def explain(name: str, source: str) -> EncoderSpec:
 
     Raises:
         UnknownNameError: timm has no such model.
-        VlmError: the model has no blocks that we can name.
+        VlmError: the model's class has no blocks that we can name, or is not supported yet.
     """
     import timm
 
@@ -95,12 +94,10 @@ def explain(name: str, source: str) -> EncoderSpec:
             network: Any = timm.create_model(model_name, **{**options, "num_classes": 0})
         except RuntimeError as error:
             raise UnknownNameError(f"{name}: {error}; the tag is what follows the dot") from error
-        network.prune_intermediate_layers(indices=[-1], prune_norm=False, prune_head=True)
         data = timm.data.resolve_model_data_config(network.eval(), pretrained_cfg=config.get("pretrained_cfg"))
         size = _own_size(network) or data["input_size"][1:]
-        visual = _tokens(network, torch.zeros(1, 3, *size), final_norm=True)
+        visual, blocks = _probe(network, size, name)
     known = network.pretrained_cfg
-    blocks: list[Any] = _blocks(network)
     if visual.grid is None or not blocks:
         raise VlmError(
             f"{name}: {type(network).__name__} has no blocks in the way of ViT, Swin or SAM; use another model"
@@ -115,7 +112,7 @@ def explain(name: str, source: str) -> EncoderSpec:
         stride=size[0] // visual.grid[0],
         dim=visual.tokens.shape[2],
         block_dim=getattr(network, "embed_dim", None),
-        heads=blocks[0].attn.num_heads if hasattr(blocks[0], "attn") else 0,
+        heads=getattr(getattr(blocks[0], "attn", None), "num_heads", 0),
         mlp_dim=getattr(getattr(getattr(blocks[0], "mlp", None), "fc1", None), "out_features", 0),
         num_layers=len(blocks),
         num_prefix=visual.spec.num_prefix,
@@ -130,6 +127,16 @@ def explain(name: str, source: str) -> EncoderSpec:
         reference=known.get("origin_url") or "timm",
         options=tuple(options.items()),
     )
+
+
+def _probe(network: Any, size: tuple[int, int], name: str) -> tuple[VisualTokens, list[Any]]:
+    try:
+        network.prune_intermediate_layers(indices=[-1], prune_norm=False, prune_head=True)
+        return _tokens(network, torch.zeros(1, 3, *size), final_norm=True), _blocks(network)
+    except Exception as error:
+        # Not all of timm's classes have ViT's methods, and each that has not fails in its own way.
+        kind = type(network).__name__
+        raise VlmError(f"{name}: {kind} is not supported yet ({error}); use a ViT, Swin or SAM of timm") from error
 
 
 def _tokens(network: Any, pixels: Tensor, *, final_norm: bool) -> VisualTokens:
@@ -182,9 +189,7 @@ def _filter(found: str, name: str) -> Any:
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
     path = folder / "config.json"
-    if not path.is_file():
-        raise VlmError(f"{name}: folder '{folder}' has no config.json; timm's save_for_hf writes one")
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path, name, writer="timm's save_for_hf")
     if "architecture" not in config:
         raise VlmError(f"{name}: '{path}' names no timm architecture; use 'hf:{folder}' for a transformers checkpoint")
     return config

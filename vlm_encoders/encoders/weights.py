@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from connectors.errors import VlmError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["find_weights", "load_state", "snapshot", "weight_files"]
+__all__ = ["find_weights", "load_state", "read_json", "snapshot", "weight_files"]
 
 _FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -106,6 +107,28 @@ def load_state(path: Path, owner: str) -> dict[str, Tensor]:
         except (SafetensorError, RuntimeError, OSError, ValueError, EOFError) as error:
             raise VlmError(f"{owner}: weights '{file}' cannot be read: {error}") from error
     return state
+
+
+def read_json(path: Path, owner: str, writer: str = "transformers' save_pretrained") -> dict[str, Any]:
+    """Read the JSON object of a checkpoint's folder, such as its config.
+
+    Args:
+        path: the file.
+        owner: the encoder's name, for messages.
+        writer: what writes such a file, for messages.
+
+    Raises:
+        VlmError: the file is missing, or holds no JSON object.
+    """
+    if not path.is_file():
+        raise VlmError(f"{owner}: '{path.parent}' has no {path.name}; {writer} writes one")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise VlmError(f"{owner}: '{path}' is no JSON: {error}; repair the file") from error
+    if not isinstance(content, dict):
+        raise VlmError(f"{owner}: '{path}' holds no JSON object; repair the file")
+    return content
 
 
 def _cached(repo: str, names: tuple[str, ...]) -> Path | None:

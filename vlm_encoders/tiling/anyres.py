@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from connectors.errors import UnknownNameError, VlmError
 from connectors.registry import nearest
-from connectors.tokens import Grid
+from connectors.tokens import Grid, TokenSpec
 from vlm_encoders.spec import EncoderSpec
 from vlm_encoders.tiling.cut import cut
 from vlm_encoders.tiling.layout import TileLayout
@@ -27,7 +27,7 @@ class Tiler(ABC):
 
     Attributes:
         name: on the command line and in checkpoints.
-        layout: what released models use with this tiler.
+        layout: what released models use with this tiler, where tokens have a grid.
         tile_size: side of a view in px, the encoder's image size.
     """
 
@@ -60,6 +60,10 @@ class Tiler(ABC):
             raise VlmError(
                 f"'{self.name}' cuts tiles of {self.tile_size} px, but {spec.name} sees {height}x{width} px; {use}"
             )
+
+    def layout_for(self, spec: TokenSpec) -> TileLayout:
+        """Give the layout for tokens of this shape: queries have no rows, so their views follow one another."""
+        return self.layout if spec.grid is not None else TileLayout(unpad=False, newline=False)
 
     def config(self) -> dict[str, Any]:
         """Give what `tiler_from_config` makes this tiler of again; JSON can hold it."""

@@ -76,7 +76,10 @@ class TilePlan:
 
 
 def plan_tiles(
-    image_size: Size, tile_size: int, grids: Sequence[Grid] = LLAVA_NEXT_GRIDS, *, thumbnail: bool = True
+    image_size: Size,
+    tile_size: int,
+    grids: Sequence[Grid] = LLAVA_NEXT_GRIDS,
+    thumbnail: bool = True,  # noqa: FBT001, FBT002
 ) -> TilePlan:
     """Plan AnyRes: the grid that keeps most of the image, aspect ratio kept, centred.
 

@@ -57,6 +57,12 @@ class TrainConfig:
     """Name of the tiler, such as `anyres`; None for one view an image."""
     model: str | None = None
     """Folder of a saved model to start from, in place of encoder, connector, llm and tiler."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of encoder and LLM; the connector, which trains, stays float32.
+
+    A weight that itself trains in bfloat16 loses every update below 1/256 of its size, so train a
+    whole LLM in float32 with mixed_precision "bf16", or by LoRA, whose adapters are float32. In
+    float16 nothing can train but what is float32."""
     stage: str = "stage-1"
     """Name of the stage policy that says what trains."""
     steps: int | None = None
@@ -86,9 +92,9 @@ class TrainConfig:
     num_workers: int = 0
     """Processes that load data, on each training process."""
     seed: int = 0
-    """Seed of the data order and of dropout."""
-    save_every: int | None = None
-    """Steps between checkpoints; None for one at the end."""
+    """Seed of new weights, of the data order and of dropout."""
+    save_every: int | None = 500
+    """Steps between checkpoints; None for one at the end alone."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on disk."""
     log_every: int = 10
@@ -110,6 +116,8 @@ class TrainConfig:
         if self.steps is not None and self.epochs is not None:
             raise VlmError(f"steps={self.steps} and epochs={self.epochs} both set the length; give one of them")
         parts = [name for name in ("encoder", "connector", "llm", "tiler") if getattr(self, name) is not None]
+        if self.dtype != "float32":
+            parts.append("dtype")
         if self.model is not None and parts:
             raise VlmError(f"model='{self.model}' has its own {', '.join(parts)}; give the model or its parts")
 

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["build_optimizer", "build_schedule", "cosine_with_warmup", "parameter_groups"]
 
 # Learned tokens and positions are matrices by shape only: decay would pull content to zero.
-_NO_DECAY = ("newline", "queries", "query_tokens", "latents", "pos_embed", "position_embedding", "cls_token")
+_NO_DECAY = (
+    *("queries", "cls_token", "reg_token", "register_tokens"),
+    *("pos_embed", "position_embedding", "positional_embedding", "rel_pos", "relative_position"),
+)
 _FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
+import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeAlias
@@ -13,7 +15,7 @@ from connectors.errors import VlmError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["LogEntry", "RunProgress", "trim_log", "write_log"]
+__all__ = ["LogEntry", "RunProgress", "make_output", "trim_log", "write_log"]
 
 LogEntry: TypeAlias = dict[str, float]
 """step, loss, grad_norm, lr_<part>, tokens_per_second, seconds_left, and eval_loss where it was measured."""
@@ -63,6 +65,21 @@ class RunProgress:
             self._bar.stop()
 
 
+def make_output(folder: Path) -> None:
+    """Make the output folder of a run and see that it can be written.
+
+    Raises:
+        VlmError: it cannot, or a file is in its place.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        advice = _advice(error, "give another folder")
+        raise VlmError(f"the output folder '{folder}' cannot be written ({error.strerror}); {advice}") from error
+
+
 def write_log(path: Path, entry: LogEntry) -> None:
     """Add an entry to a log of one JSON object a line.
 
@@ -74,7 +91,8 @@ def write_log(path: Path, entry: LogEntry) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
     except OSError as error:
-        raise VlmError(f"the log '{path}' cannot be written ({error.strerror}); free some space and resume") from error
+        advice = _advice(error, "make it writable")
+        raise VlmError(f"the log '{path}' cannot be written ({error.strerror}); {advice} and resume") from error
 
 
 def trim_log(path: Path, step: int) -> None:
@@ -83,6 +101,10 @@ def trim_log(path: Path, step: int) -> None:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
         path.write_text("".join(kept), encoding="utf-8")
+
+
+def _advice(error: OSError, otherwise: str) -> str:
+    return "free some space" if error.errno == errno.ENOSPC else otherwise
 
 
 def _make_bar() -> Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +21,15 @@ from vlm_encoders.training.progress import LogEntry
 from vlm_encoders.training.rng import random_state, restore_random_state
 from vlm_encoders.training.state import RunState, restore_weights, save_checkpoint, weights_to_save
 from vlm_encoders.training.step import StepResult, SummedLoss
+from vlm_encoders.vlm.stages import PARTS
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
 
     from vlm_encoders.vlm.model import VisionLanguageModel
     from vlm_encoders.vlm.processor import VLMProcessor
 
-__all__ = ["Run", "start_run"]
+__all__ = ["Run", "join_processes", "start_run"]
 
 _SHARDED = {"FSDP", "DEEPSPEED", "MEGATRON_LM"}
 
@@ -126,10 +128,11 @@ def start_run(model: VisionLanguageModel, config: TrainConfig, samples: int, sta
     """Set up a run at its beginning, or where a checkpoint left it.
 
     Raises:
-        VlmError: nothing trains, training is sharded, or the checkpoint is of another run.
+        VlmError: nothing trains, or in float16; training is sharded; or the checkpoint is of another run.
     """
     from accelerate.utils import set_seed
 
+    _refuse_float16(model)
     accelerator = _accelerator(config)
     model.to(accelerator.device).train()
     optimizer = build_optimizer(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
@@ -154,10 +157,41 @@ def start_run(model: VisionLanguageModel, config: TrainConfig, samples: int, sta
     return run
 
 
+def _refuse_float16(model: VisionLanguageModel) -> None:
+    for part in PARTS:
+        if any(each.requires_grad and each.dtype == torch.float16 for _, each in model.part_parameters(part)):
+            raise VlmError(
+                f"the {part} would train in float16, in which AdamW divides by 0; "
+                "build it in float32 or bfloat16, or train adapters by stage-2-lora"
+            )
+
+
+def join_processes(*, cpu: bool) -> PartialState:
+    """Join the processes of this launch; one where nothing was launched.
+
+    Args:
+        cpu: train on the CPU even where an accelerator is present.
+
+    Raises:
+        VlmError: several were launched and each would train alone.
+    """
+    from accelerate import PartialState
+
+    state = PartialState(cpu=cpu)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and state.num_processes == 1:
+        raise VlmError(
+            f"{launched} processes were launched, but without an accelerator each would train alone; set cpu = true "
+            "in the settings or ACCELERATE_USE_CPU=1 in the environment"
+        )
+    return state
+
+
 def _accelerator(config: TrainConfig) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
+    join_processes(cpu=config.cpu)
     # Some batches of one process reach no connector, and some encoders hold weights behind the feature layer.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(cpu=config.cpu, mixed_precision="no", kwargs_handlers=[unused])

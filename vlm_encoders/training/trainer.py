@@ -15,7 +15,7 @@ from vlm_encoders.training.batches import Samples, iterate_batches
 from vlm_encoders.training.config import TrainConfig
 from vlm_encoders.training.evaluate import summed_loss
 from vlm_encoders.training.order import SeededBatches
-from vlm_encoders.training.progress import LogEntry, RunProgress, trim_log, write_log
+from vlm_encoders.training.progress import LogEntry, RunProgress, make_output, trim_log, write_log
 from vlm_encoders.training.run import Run, start_run
 from vlm_encoders.training.state import checkpoint_to_resume, load_state
 from vlm_encoders.training.step import StepError, StepResult, take_step
@@ -116,6 +116,7 @@ class Trainer:
                 trained one did not.
         """
         folder = checkpoint_to_resume(self.output, resume=resume)
+        make_output(self.output)
         run = start_run(self.model, self.config, len(self.dataset), load_state(folder) if folder else None)
         config, main = self.config, run.accelerator.is_main_process
         first_step, first_token, started = run.step, run.tokens, time.monotonic()

@@ -25,6 +25,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """
     folder = folder.absolute()
     temporary, old = _beside(folder, "new"), _beside(folder, "old")
+    if folder.exists() and not folder.is_dir():
+        raise VlmError(f"cannot save to '{folder}': a file of that name is there; give the name of a folder")
     try:
         recover(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connectors.errors import VlmError
-from connectors.recipe import build_connector
-from vlm_encoders.registry import create_encoder
+from connectors.recipe import build_connector, parse_recipe
+from vlm_encoders.registry import create_encoder, encoder_spec
 from vlm_encoders.tiling.anyres import build_tiler
 from vlm_encoders.vlm.model import VisionLanguageModel
 from vlm_encoders.vlm.processor import VLMProcessor
@@ -37,26 +37,29 @@ def build_model(
         llm: hub id or local folder of a causal LM with its tokenizer.
         tiler: a tiler's name, such as `anyres`; None for one view an image.
         pretrained: the encoder's weights, as `create_encoder` takes it.
-        dtype: of all parts; None for float32.
+        dtype: of encoder and LLM, None for float32; the connector is float32 whatever they are.
         max_length: longest sample in tokens; None for the LLM's context.
 
     Raises:
         UnknownNameError: a name is not known; the nearest are given.
         VlmError: the parts do not fit each other, or cannot be loaded.
     """
+    # A name that leads nowhere is told before gigabytes are read.
+    spec = encoder_spec(encoder)
+    parse_recipe(connector)
+    cutter = None if tiler is None else build_tiler(tiler, spec.image_size[0])
     language_model, tokenizer = load_llm(llm, dtype)
     vision = create_encoder(encoder, pretrained=pretrained, dtype=dtype)
     width = language_model.get_input_embeddings().embedding_dim  # type: ignore[operator]
     chain = build_connector(connector, vision.token_spec, width)
-    cutter = None if tiler is None else build_tiler(tiler, vision.spec.image_size[0])
     context = getattr(language_model.config, "max_position_embeddings", None)
     processor = VLMProcessor(vision, chain, tokenizer, tiler=cutter, max_length=max_length or context)
     model = VisionLanguageModel(
         vision,
-        chain if dtype is None else chain.to(dtype),
+        chain,
         language_model,
         image_token_id=processor.image_token_id,
-        layout=processor.tiler.layout,
+        layout=processor.layout,
     )
     return model.eval(), processor
 

@@ -131,7 +131,7 @@ def _llm_source(llm: nn.Module) -> str:
 def _with_absolute_paths(origin: dict[str, Any]) -> dict[str, Any]:
     pretrained, (door, colon, place) = origin.get("pretrained"), origin.get("name", "").partition(":")
     paths = {"pretrained": _absolute(pretrained)} if isinstance(pretrained, str) else {}
-    if colon:
+    if door in {"hf", "timm"} and colon:
         paths["name"] = f"{door}:{_absolute(place)}"
     return {**origin, **paths}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +22,7 @@ from vlm_encoders.vlm.chat import IGNORED, Message, render, tokenize_with_labels
 from vlm_encoders.vlm.placeholders import expand_placeholders
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from vlm_encoders.vlm.model import VisionLanguageModel
@@ -57,8 +58,10 @@ class VLMProcessor:
         tiler: how an image is cut into views; None for one view an image.
         max_length: longest sample that the LLM's context takes, in tokens; None for no limit.
 
+    Attributes:
+        layout: how the tiler's views become one sequence, for the model of this processor.
+
     Raises:
-        TokenShapeError: the tiler's layout needs a grid that the connector does not give.
         VlmError: the tiler cuts tiles of another size than the encoder takes.
     """
 
@@ -77,9 +80,11 @@ class VLMProcessor:
         self.tiler = tiler or WholeImage(encoder.spec.image_size[0])
         self.max_length = max_length
         self.token_spec = connector.out_spec(encoder.token_spec)
-        self._preprocess = Preprocessor(encoder.spec)
-        self.tiler.layout.check(self.token_spec)
+        self.layout = self.tiler.layout_for(self.token_spec)
         self.tiler.check(encoder.spec)
+        self._preprocess = Preprocessor(encoder.spec)
+        # A tile has the size of a view already: to crop it would lose its border.
+        self._preprocess_tiles = Preprocessor(replace(encoder.spec, resize="squash", crop_pct=1.0))
         if self.image_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([self.image_token], special_tokens=True)
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(self.image_token)
@@ -118,7 +123,7 @@ class VLMProcessor:
 
     def num_image_tokens(self, image_size: tuple[int, int]) -> int:
         """Count the tokens that an image of (height, width) px costs the LLM."""
-        return self.tiler.layout.num_tokens(self.tiler.plan(image_size), self.token_spec)
+        return self.layout.num_tokens(self.tiler.plan(image_size), self.token_spec)
 
     def sample(self, messages: Sequence[Message], images: Sequence[ImageLike] = ()) -> Sample:
         """Make a training sample: answers are supervised, all else is not.
@@ -153,6 +158,8 @@ class VLMProcessor:
         """
         import torch
 
+        if not samples:
+            raise VlmError("there is no sample to batch; give one or more")
         length = max(len(sample.input_ids) for sample in samples)
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
@@ -173,7 +180,7 @@ class VLMProcessor:
     def _finish(self, ids: list[int], labels: list[int], images: Sequence[ImageLike]) -> Sample:
         pictures = [load_image(image) for image in images]
         plans = [self.tiler.plan((picture.height, picture.width)) for picture in pictures]
-        counts = [self.tiler.layout.num_tokens(plan, self.token_spec) for plan in plans]
+        counts = [self.layout.num_tokens(plan, self.token_spec) for plan in plans]
         expanded = expand_placeholders(ids, self.image_token_id, counts)
         text_labels = iter([label for token, label in zip(ids, labels, strict=True) if token != self.image_token_id])
         expanded_labels = [IGNORED if token == self.image_token_id else next(text_labels) for token in expanded]
@@ -182,5 +189,13 @@ class VLMProcessor:
                 f"the sample is {len(expanded)} tokens long ({sum(counts)} of {len(counts)} images), the context takes "
                 f"{self.max_length}; shorten the text, use a connector with fewer tokens, or raise max_length"
             )
-        views = [view for picture, plan in zip(pictures, plans, strict=True) for view in self.tiler.cut(picture, plan)]
-        return Sample(expanded, expanded_labels, self._preprocess(views) if views else None, plans)
+        return Sample(expanded, expanded_labels, self._pixels(pictures, plans) if pictures else None, plans)
+
+    def _pixels(self, pictures: Sequence[Image], plans: Sequence[TilePlan]) -> Tensor:
+        import torch
+
+        parts = []
+        for picture, plan in zip(pictures, plans, strict=True):
+            preprocess = self._preprocess if plan.grid is None else self._preprocess_tiles
+            parts.append(preprocess(self.tiler.cut(picture, plan)))
+        return torch.cat(parts)
