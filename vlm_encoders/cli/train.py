@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from connectors.errors import UnknownNameError, VlmError
-from vlm_encoders.cli.console import count, print_table, quiet_libraries
+from vlm_encoders.cli.console import quiet_libraries
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vlm_encoders.vlm.model import VisionLanguageModel
     from vlm_encoders.vlm.processor import VLMProcessor
 
-__all__ = ["print_parts", "train"]
+__all__ = ["train"]
 
 
 def train(
@@ -76,25 +76,6 @@ def _finish(folder: Path, model: VisionLanguageModel, processor: VLMProcessor, r
     processor.save_pretrained(folder)
     typer.echo(f"{result.steps} steps in {result.seconds:.0f} s, loss {result.losses[-1]:.4f}; model saved to {folder}")
     typer.echo(f'ask it: vlm-encoders generate {folder} PICTURE --prompt "..."')
-
-
-def print_parts(model: VisionLanguageModel) -> None:
-    """Print what each part of a model is, and what of it trains."""
-    rows = [
-        (
-            row.part,
-            row.module,
-            count(row.parameters),
-            count(row.trainable),
-            row.dtype,
-            "-" if row.lr is None else f"{row.lr:g}",
-            row.mode,
-            row.tokens,
-        )
-        for row in model.describe()
-    ]
-    headers = ("part", "class", "params", "trainable", "dtype", "lr", "mode", "tokens out")
-    print_table(headers, rows, right=(2, 3, 5))
 
 
 def _settings(path: Path | None, given: dict[str, Any]) -> TrainConfig:
@@ -175,5 +156,5 @@ def _run(
         unseen = ConversationDataset(settings.eval_data, settings.image_folder, processor)
     apply_stage(model, STAGES[settings.stage].with_lr(settings.learning_rate))
     if processes.is_main_process:
-        print_parts(model)
+        typer.echo(str(model.describe()))
     return Trainer(model, processor, dataset, settings, eval_dataset=unseen).fit(resume=resume)

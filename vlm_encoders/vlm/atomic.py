@@ -46,9 +46,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if _is_write_failure(error):
             kept = "what was there is untouched" if folder.exists() else "nothing was left behind"
-            raise VlmError(
-                f"cannot save to '{folder}': {error}; {kept}, free some space or save to another place"
-            ) from error
+            advice = "free some space or save" if "space" in str(error).lower() else "save"
+            raise VlmError(f"cannot save to '{folder}': {error}; {kept}, {advice} to another place") from error
         raise
 
 
