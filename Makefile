@@ -5,6 +5,8 @@ STAMP := .venv/.installed
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
+# The tests start processes of their own; without bytecode each would compile the whole stack again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test format weights test-lowest clean
 

@@ -1,6 +1,7 @@
 """Checkpoints that are broken, or of other parts, are refused in a sentence."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from vlm_encoders.registry import create_encoder
 from vlm_encoders.testing import tiny_llm
 from vlm_encoders.vlm.build import load_llm
 from vlm_encoders.vlm.model import VisionLanguageModel
-from vlm_encoders.vlm.stages import STAGE_1
+from vlm_encoders.vlm.stages import STAGE_1, STAGE_2_LORA
 
 
 def test_an_encoder_of_the_same_shape_with_other_weights_is_refused(kit: Any) -> None:
@@ -168,3 +169,15 @@ def test_a_relative_folder_is_found_from_anywhere(kit: Any, monkeypatch: pytest.
     monkeypatch.chdir(kit.root.parent)
     loaded = VisionLanguageModel.from_pretrained(kit.root / "run")
     assert loaded.encoder.origin["name"] == f"hf:{kit.root}/clip"
+
+
+@pytest.mark.parametrize("harm", ["removed", "cut"])
+def test_a_broken_adapter_is_told_in_a_sentence(kit: Any, harm: str) -> None:
+    kit.train(kit.build(), STAGE_2_LORA).save_pretrained(kit.root / "run")
+    weights = kit.root / "run/adapter/adapter_model.safetensors"
+    if harm == "removed":
+        shutil.rmtree(weights.parent)
+    else:
+        weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(VlmError, match=r"the adapter of checkpoint .* is missing or broken"):
+        VisionLanguageModel.from_pretrained(kit.root / "run")

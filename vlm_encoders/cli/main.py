@@ -46,3 +46,7 @@ def main() -> None:
         # The reader, `head` for one, has seen enough; the interpreter must not complain while it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        # A full disk or a lost right can show itself at any write.
+        typer.echo(f"error: {error}; free some space or give another folder", err=True)
+        sys.exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import shutil
@@ -137,9 +138,7 @@ def save_checkpoint(
         with atomic_folder(folder) as inside:
             model.save_pretrained(inside)
             processor.save_pretrained(inside)
-            # Through a file object, a full disk is an OSError with its own words.
-            with (inside / STATE_FILE).open("wb") as file:
-                torch.save(vars(state), file)
+            _write_state(state, inside / STATE_FILE)
     except VlmError as error:
         good = checkpoints(output)
         kept = f"the last good checkpoint is '{good[-1]}', resume from it" if good else "there is no earlier checkpoint"
@@ -148,6 +147,13 @@ def save_checkpoint(
         shutil.rmtree(old, ignore_errors=True)
     _point(output / LATEST, folder.name)
     return folder
+
+
+def _write_state(state: RunState, path: Path) -> None:
+    # Once some bytes fit, torch tells a full disk as a RuntimeError about positions; written whole, it is an OSError.
+    buffer = io.BytesIO()
+    torch.save(vars(state), buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def load_state(folder: Path) -> RunState:

@@ -186,7 +186,12 @@ def _build_llm(folder: Path, entry: dict[str, Any], llm: nn.Module | str | None)
     if entry["adapter"] and not has_adapter(loaded):
         from peft import PeftModel
 
-        loaded = PeftModel.from_pretrained(loaded, folder / "adapter", is_trainable=True)
+        try:
+            loaded = PeftModel.from_pretrained(loaded, folder / "adapter", is_trainable=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise VlmError(
+                f"the adapter of checkpoint '{folder}' is missing or broken ({error}); use an earlier one"
+            ) from error
     return loaded
 
 
