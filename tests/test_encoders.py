@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import EntryPoint
 from typing import Any, Self
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -71,9 +74,20 @@ def _this_module() -> Any:
     return SimpleNamespace(PatchMean=PatchMean, SameBlockTwice=SameBlockTwice)
 
 
+def smallest(family: str) -> str:
+    return min(list_encoders(family=family), key=lambda name: encoder_spec(name).parameters)
+
+
 @pytest.mark.parametrize("name", list_encoders())
 def test_every_encoder_keeps_the_contract(name: str) -> None:
-    check_encoder(name)
+    spec = encoder_spec(name)
+    if name == smallest(spec.family):
+        check_encoder(name)
+        return
+    # Even shapes alone take a second for thirty blocks, and a family's blocks are alike: others are cut.
+    kept = 1 if spec.stages else min(3, spec.num_layers)
+    final_norm = spec.final_norm and not spec.stages and spec.neck is None
+    check_encoder(name, feature_layer=kept - 1 - spec.num_layers, final_norm=final_norm)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +98,10 @@ def test_every_encoder_keeps_the_contract(name: str) -> None:
         ("dinov2-vit-s-14-reg", {"feature_layer": -3, "image_size": (224, 448)}),
         ("openclip-vit-b-32-laion2b", {"feature_layer": -1, "final_norm": True, "image_size": 256}),
         ("swin-t-224", {"image_size": (256, 320)}),
-        ("sam-vit-b", {"image_size": 512}),
+        ("swin-t-224", {"feature_layer": (-2, -1)}),
+        ("sam-vit-b", {"image_size": (512, 1024)}),
+        ("sam-vit-b", {"feature_layer": (-1, -4), "final_norm": False, "image_size": 512}),
+        ("clip-vit-b-32", {"feature_layer": (-2, -5, -8), "attn_implementation": "eager"}),
         ("timm:vit_tiny_patch16_224.augreg_in21k", {"feature_layer": -4, "image_size": 192}),
         ("timm:vit_base_patch16_siglip_224.webli", {}),
         ("timm:samvit_base_patch16.sa1b", {"image_size": (512, 256)}),
@@ -143,7 +160,6 @@ def test_unknown_names_get_the_nearest() -> None:
         "open_clip:ViT-B-3/openai": "ViT-B-32",
         "open_clip:ViT-B-32/laion2b_s34b": "laion2b_s34b_b79k",
         "open_clip:ViT-B-32/none": r"laion2b_e16, .*openai and \d+ more",
-        "open_clip:ViT-B-32": r"laion2b_e16, .*openai and \d+ more",
     }.items():
         with pytest.raises(UnknownNameError, match=hint):
             encoder_spec(name)
@@ -157,19 +173,21 @@ def test_unknown_names_get_the_nearest() -> None:
         ("dinov2-vit-s-14", {"image_size": 330}, "image size 330 is not a multiple of 14; use 322 or 336"),
         ("clip-vit-b-32", {"feature_layer": -13}, "feature layer -13 is not one of its 12 blocks"),
         ("clip-vit-b-32", {"feature_layer": 0}, "feature layer 0 is not one"),
+        ("swin-t-224", {"feature_layer": -5}, "feature layer -5 is not one of its 4 stages"),
+        ("sam-vit-b", {"feature_layer": -2, "final_norm": True}, "its neck stands behind layer -1"),
+        ("timm:inception_v3", {"image_size": 320}, "the network takes views of 299 px alone, got 320"),
         ("clip-vit-b-32", {"dtype": "float33"}, "'float33' is no dtype; use float32, bfloat16 or float16"),
-        ("swin-t-224", {"feature_layer": -2}, "feature_layer"),
-        ("sam-vit-b", {"final_norm": False}, "its tokens come from the neck"),
+        ("clip-vit-b-32", {"dtype": "int8"}, "'int8' is no dtype; use float32"),
+        ("clip-vit-b-32", {"resize": "foo"}, "resize 'foo' is none of crop, squash, pad, expand"),
+        ("clip-vit-b-32", {"image_size": 336.0}, "whole numbers, got 336.0"),
+        (
+            "clip-vit-b-32",
+            {"revision": "v1"},
+            "revision 'v1' is of weights on the hub, pretrained=False is not; leave one out",
+        ),
         ("clip-vit-b-32", {"hiden_act": "gelu"}, "no option 'hiden_act'; did you mean hidden_act"),
         ("swin-t-224", {"depthz": 3}, "leave the option out"),
-        ("openclip-vit-b-32-laion2b", {"widht": 3}, "leave the option out"),
-        ("sam-vit-b", {"image_size": (512, 1024)}, "square views alone"),
-        ("open_clip:ViT-B-16-SigLIP/webli", {}, "timm:"),
-        ("open_clip:RN50/openai", {}, "no ViT"),
-        ("timm:resnet18", {}, "timm:resnet18"),
-        ("timm:naflexvit_base_patch16_gap", {}, "NaFlexVit is not supported yet"),
-        ("timm:hrnet_w18", {}, "HighResolutionNet is not supported yet"),
-        ("timm:xcit_nano_12_p8_224", {}, "Xcit is not supported yet"),
+        ("openclip-vit-b-32-laion2b", {"widht": 3}, "leave the options out"),
     ],
 )
 def test_what_an_encoder_cannot_be_is_said(name: str, options: dict[str, Any], sentence: str) -> None:
@@ -225,6 +243,62 @@ def test_origin_builds_the_same_encoder_again() -> None:
     shapes = {key: value.shape for key, value in first.state_dict().items()}
     assert {key: value.shape for key, value in again.state_dict().items()} == shapes
     assert next(again.parameters()).dtype == torch.bfloat16
+
+
+def test_threads_may_share_an_encoder() -> None:
+    torch.manual_seed(0)
+    encoder = create_encoder("clip-vit-b-32", pretrained=False, image_size=32, feature_layer=(-9, -10, -11))
+    views = [torch.randn(1, 3, 32, 32) for _ in range(2)]
+    with torch.no_grad():
+        alone = [encoder(view).tokens for view in views]
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda number: encoder(views[number % 2]).tokens, range(60)))
+    assert all(torch.equal(tokens, alone[number % 2]) for number, tokens in enumerate(found))
+
+
+def test_a_copied_and_a_compiled_encoder_give_the_same_tokens() -> None:
+    torch.manual_seed(0)
+    encoder = create_encoder("clip-vit-b-32", pretrained=False, image_size=32, feature_layer=(-9, -11))
+    view = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        tokens = encoder(view).tokens
+        copied = copy.deepcopy(encoder)
+        for parameter in encoder.parameters():
+            parameter.zero_()
+        assert torch.equal(copied(view).tokens, tokens)
+        assert torch.equal(torch.compile(copied, backend="eager", fullgraph=True)(view).tokens, tokens)
+
+
+def test_what_is_no_name_is_said() -> None:
+    for name in (None, nn.Identity()):
+        with pytest.raises(VlmError, match="an encoder is known by its name, got a"):
+            encoder_spec(name)  # type: ignore[arg-type]
+    with pytest.raises(UnknownNameError, match="a name with a colon begins with one of hf:, timm:, open_clip:, fused:"):
+        encoder_spec("openclip:ViT-B-32")
+
+
+def test_weights_that_are_nowhere_are_not_made_up(fresh_registry: None) -> None:
+    register_encoder(PLUGIN)
+    with pytest.raises(VlmError, match="no released weights are known; pass pretrained=False or a folder"):
+        create_encoder("patch-mean")
+
+
+def test_levels_are_no_pixels() -> None:
+    encoder = PatchMean(PLUGIN)
+    with pytest.raises(VlmError, match=r"pixels are normalised floats, got torch.uint8; use preprocess"):
+        encoder(torch.zeros(1, 3, 32, 48, dtype=torch.uint8))
+
+
+def test_prefix_tokens_of_another_encoder_are_refused() -> None:
+    encoder = PatchMean(dataclasses.replace(PLUGIN, num_prefix=1))
+    with pytest.raises(VlmError, match="its tokens have 1 prefix tokens, these have 0"):
+        encoder.prefix_tokens(VisualTokens(torch.zeros(1, 6, 5), (2, 3)), "cls")
+    with pytest.raises(VlmError, match="no prefix tokens of kind 'register'; it has cls"):
+        encoder.prefix_tokens(VisualTokens(torch.zeros(1, 6, 5), (2, 3), torch.zeros(1, 1, 5)), "register")
+
+
+def test_sides_of_numpy_are_sides() -> None:
+    assert encoder_spec("clip-vit-b-32").resized(np.int64(64)).image_size == (64, 64)
 
 
 def test_the_table_imports_no_heavy_library() -> None:

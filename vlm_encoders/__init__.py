@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vlm_encoders.budget import TokenBudget, token_budget
     from vlm_encoders.encoder import Encoder
+    from vlm_encoders.encoders.fused import FusedEncoder
+    from vlm_encoders.encoders.multiscale import MultiScale
     from vlm_encoders.preprocess import Preprocessor, load_image
     from vlm_encoders.registry import create_encoder, encoder_spec, list_encoders, register_encoder
-    from vlm_encoders.spec import EncoderSpec
+    from vlm_encoders.spec import EncoderSpec, Stage
     from vlm_encoders.tiling.anyres import AnyResTiler, InternVLTiler, WholeImage
     from vlm_encoders.tiling.layout import TileLayout
     from vlm_encoders.tiling.plan import TilePlan, plan_tiles
@@ -42,9 +44,12 @@ __all__ = [
     "ConversationDataset",
     "Encoder",
     "EncoderSpec",
+    "FusedEncoder",
     "InternVLTiler",
+    "MultiScale",
     "PartPolicy",
     "Preprocessor",
+    "Stage",
     "StagePolicy",
     "TileLayout",
     "TilePlan",
@@ -72,9 +77,11 @@ __all__ = [
 _HOME = {
     "budget": ("TokenBudget", "token_budget"),
     "encoder": ("Encoder",),
+    "encoders.fused": ("FusedEncoder",),
+    "encoders.multiscale": ("MultiScale",),
     "preprocess": ("Preprocessor", "load_image"),
     "registry": ("create_encoder", "encoder_spec", "list_encoders", "register_encoder"),
-    "spec": ("EncoderSpec",),
+    "spec": ("EncoderSpec", "Stage"),
     "tiling.anyres": ("AnyResTiler", "InternVLTiler", "WholeImage"),
     "tiling.layout": ("TileLayout",),
     "tiling.plan": ("TilePlan", "plan_tiles"),

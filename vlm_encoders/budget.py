@@ -14,8 +14,6 @@ from vlm_encoders.tiling.plan import Size
 
 __all__ = ["TokenBudget", "encoder_flops", "measure_connector", "token_budget"]
 
-_PLAIN_VITS = frozenset({"clip", "siglip", "dinov2", "vit"})
-
 
 @dataclass(frozen=True)
 class TokenBudget:
@@ -118,7 +116,7 @@ def token_budget(
         encoder_parameters=spec.parameters or None,
         encoder_flops=None if flops is None else flops * plan.num_views,
         connector_flops=connector_flops * plan.num_views,
-        pixel_bytes=plan.num_views * 3 * spec.image_size[0] * spec.image_size[1] * value_bytes,
+        pixel_bytes=plan.num_views * spec.num_pixels * value_bytes,
         embedding_bytes=total * llm_dim * value_bytes,
         kv_cache_bytes=None if llm_layers is None else per_layer * llm_layers,
     )
@@ -128,18 +126,23 @@ def encoder_flops(spec: EncoderSpec) -> int | None:
     """Count the FLOPs of one view up to the feature layer, in a plain vision transformer.
 
     With T = P + N tokens of width W and an MLP of hidden width M, a block takes
-    8 T W^2 (queries, keys, values, output) + 4 T^2 W (attention) + 4 T W M (MLP), and
-    the patch embedding 6 N stride^2 W.
+    8 T W^2 (queries, keys, values, output) + 4 T^2 W (attention) + 4 T W M (MLP; half as
+    much again with a gate), and the patch embedding 6 N stride^2 W.
 
     Returns:
-        FLOPs, two for one multiply-add; None for towers of windows, convolutions or gated MLPs.
+        FLOPs, two for one multiply-add; those of all parts in a joint; None for towers of
+        stages, windows or convolutions.
     """
+    if spec.encodings:
+        counts = [(encoder_flops(part), times) for part, times in spec.encodings]
+        return None if any(each is None for each, _ in counts) else sum((each or 0) * times for each, times in counts)
     width = spec.width
-    if spec.family not in _PLAIN_VITS or not spec.mlp_dim or dict(spec.options).get("use_swiglu_ffn"):
+    if spec.stages or spec.windowed or not spec.mlp_dim:
         return None
     tokens = spec.token_spec()
     length = tokens.num_prefix + tokens.num_tokens
-    block = 8 * length * width**2 + 4 * length**2 * width + 4 * length * width * spec.mlp_dim
+    matrices = 6 if spec.gated_mlp else 4
+    block = 8 * length * width**2 + 4 * length**2 * width + matrices * length * width * spec.mlp_dim
     return spec.kept_layers * block + 6 * tokens.num_tokens * spec.stride**2 * width
 
 

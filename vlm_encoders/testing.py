@@ -12,7 +12,7 @@ from connectors.errors import UnknownNameError, VlmError
 from connectors.registry import nearest
 from connectors.tokens import VisualTokens
 from vlm_encoders.encoder import Encoder
-from vlm_encoders.registry import create_encoder, encoder_spec
+from vlm_encoders.registry import chosen_spec, create_encoder
 
 __all__ = ["LLM_FAMILIES", "check_encoder", "tiny_llm"]
 
@@ -63,7 +63,7 @@ def check_encoder(name: str, *, device: str = "meta", **options: Any) -> None:
         encoder = create_encoder(name, pretrained=False, **options)
     spec = encoder.spec
     _check_blocks(encoder)
-    pixels = torch.zeros(2, 3, *spec.image_size, device=device, dtype=next(encoder.parameters()).dtype)
+    pixels = torch.zeros(2, *encoder.pixel_shape, device=device, dtype=next(encoder.parameters()).dtype)
     visual = encoder(pixels)
     _check_tokens(encoder, visual, batch=2)
     _check_gradients(encoder, visual)
@@ -71,10 +71,8 @@ def check_encoder(name: str, *, device: str = "meta", **options: Any) -> None:
     _check_tokens(encoder, encoded, batch=1)
     _require(not encoded.tokens.requires_grad, f"{name}: encode tracks gradients; leave encode to the base class")
     _require(encoder.origin.get("name") == name, f"{name}: its origin {encoder.origin} does not name it")
-    _require(
-        encoder_spec(name).token_spec(spec.image_size) == encoder.token_spec,
-        f"{name}: the table says {encoder_spec(name).token_spec(spec.image_size)}, the encoder {encoder.token_spec}",
-    )
+    known = chosen_spec(name, **spec.choices).token_spec()
+    _require(known == encoder.token_spec, f"{name}: the table says {known}, the encoder {encoder.token_spec}")
 
 
 def tiny_llm(family: str = "llama", *, seed: int = 0, vocab_size: int = 64, **options: Any) -> nn.Module:
