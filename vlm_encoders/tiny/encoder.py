@@ -12,6 +12,7 @@ SPEC = EncoderSpec(
     source="vit_tiny_patch16_224",
     weights=str(encoder_folder()),
     image_size=(64, 64),
+    positions="a learned table, which timm resamples for another size in float32, antialiased and bicubic",
     stride=8,
     dim=128,
     heads=4,
