@@ -1,158 +1,114 @@
-"""Vision towers of OpenCLIP."""
+"""Vision towers of OpenCLIP: its own ViTs and ResNets, and its trunks of timm."""
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from connectors.errors import UnknownNameError, VlmError
-from connectors.registry import nearest
+from connectors.errors import VlmError
 from connectors.tokens import VisualTokens
 from vlm_encoders.encoder import Encoder
-from vlm_encoders.encoders.weights import find_weights, load_state
-from vlm_encoders.spec import EncoderSpec, Resize
+from vlm_encoders.encoders.open_clip_explain import architecture, explain, open_clip_names
+from vlm_encoders.encoders.open_clip_trunk import OpenClipTrunk
+from vlm_encoders.encoders.open_clip_weights import load_native
+from vlm_encoders.encoders.timm_network import REFUSALS
+from vlm_encoders.resample import join_channels
+from vlm_encoders.spec import EncoderSpec
 
-__all__ = ["OpenClipEncoder", "explain"]
+__all__ = ["OpenClipEncoder", "explain", "open_clip_names"]
 
-_RESIZES: dict[str, Resize] = {"shortest": "crop", "squash": "squash"}
-# OpenCLIP builds a text tower with every vision tower; this one weighs nothing.
-_NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
+_STEM = ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")
 
 
 class OpenClipEncoder(Encoder):
-    """A ViT tower of OpenCLIP, cut behind its feature layer.
+    """A ViT or ResNet of OpenCLIP's own, cut behind its feature layer.
 
-    Source: open_clip's `VisionTransformer.forward_intermediates`.
+    Source: open_clip's `VisionTransformer` and `ModifiedResNet`, by `forward_intermediates`.
 
     Args:
         spec: with the architecture's name in `source`.
-        network: the tower with the kept blocks.
+        network: the tower with the kept layers.
     """
 
     def __init__(self, spec: EncoderSpec, network: nn.Module) -> None:
         super().__init__(spec)
-        tower: Any = network
-        tower.prune_intermediate_layers([-1], prune_norm=not spec.final_norm)
         self.network = network
 
     @classmethod
     def build(cls, spec: EncoderSpec, *, pretrained: bool | str, dtype: torch.dtype) -> Self:
         """Build the tower up to its feature layer, and load its weights strictly."""
-        import open_clip
-
-        config = _architecture(spec.source, spec.name)
-        options = dict(spec.options)
-        quick_gelu = bool(options.pop("quick_gelu", config.get("quick_gelu", False)))
-        vision = {**config["vision_cfg"], **options, "layers": spec.kept_layers, "image_size": spec.image_size}
-        try:
-            clip = open_clip.CLIP(config["embed_dim"], vision, _NO_TEXT, quick_gelu=quick_gelu)
-        except TypeError as error:
-            raise VlmError(f"{spec.name}: OpenCLIP cannot build it so ({error}); leave the option out") from error
+        config = architecture(spec.source, spec.name)
+        if config["vision_cfg"].get("timm_model_name"):
+            return cast("Self", OpenClipTrunk.build(spec, pretrained=pretrained, dtype=dtype))
+        network = _cut(_tower(spec, config), spec)
         if pretrained is not False:
-            _load(clip, spec, pretrained=pretrained)
-        return cls(spec, clip.visual.to(dtype))
+            load_native(network, spec, pretrained=pretrained)
+        return cls(spec, network.to(dtype))
 
     def forward_features(self, pixel_values: Tensor) -> VisualTokens:
-        """Run the kept blocks and take the prefix apart."""
-        network: Any = self.network
+        """Run the kept layers and join those that are used, prefix apart."""
+        spec, network = self.spec, cast("Any", self.network)
+        places = [spec.num_layers + layer for layer in spec.layers]
+        order = sorted(places)
         found = network.forward_intermediates(
             pixel_values,
-            indices=[-1],
-            normalize_intermediates=self.spec.final_norm,
+            indices=order,
+            stop_early=True,
+            normalize_intermediates=spec.final_norm,
             intermediates_only=True,
-            output_fmt="NLC",
-            output_extra_tokens=True,
+            output_fmt="NCHW" if spec.stages else "NLC",
+            output_extra_tokens=not spec.stages,
         )
-        (tokens,), (prefix,) = found["image_intermediates"], found["image_intermediates_prefix"]
-        return VisualTokens(tokens, self.token_spec.grid, prefix)
+        tokens = found["image_intermediates"]
+        if spec.stages:
+            parts = [VisualTokens.from_map(tokens[order.index(place)]) for place in places]
+        else:
+            grid, prefix = spec.token_spec().grid, found["image_intermediates_prefix"]
+            parts = [VisualTokens(tokens[at], grid, prefix[at]) for at in map(order.index, places)]
+        return parts[0] if len(parts) == 1 else join_channels(parts)
 
     def blocks(self) -> list[nn.Module]:
-        """Give the kept blocks, first to last."""
+        """Give the kept layers, first to last: blocks, or the stem and the stages of a ResNet."""
         network: Any = self.network
-        return list(network.transformer.resblocks)
+        if not self.spec.stages:
+            return list(network.transformer.resblocks)
+        # A list holds the stem's modules without taking them from the network.
+        stem = nn.ModuleList([getattr(network, name) for name in _STEM])
+        return [stem, *(getattr(network, f"layer{stage}") for stage in range(1, self.spec.kept_layers))]
 
 
-def explain(name: str, source: str) -> EncoderSpec:
-    """Make the spec of `open_clip:<arch>/<tag>`; nothing is built or fetched.
+def _tower(spec: EncoderSpec, config: dict[str, Any]) -> Any:
+    """Build the tower, without a pool and with the kept blocks alone if it is a ViT."""
+    from open_clip.model import CLIPVisionCfg, _build_vision_tower
 
-    Args:
-        name: the whole name, which becomes the spec's.
-        source: the architecture and the tag of its weights.
-
-    Raises:
-        UnknownNameError: OpenCLIP has no such architecture or tag.
-        VlmError: the tower is no ViT of OpenCLIP's own.
-    """
-    import open_clip
-
-    arch, _, tag = source.partition("/")
-    config = _architecture(arch, name)
-    tags = open_clip.list_pretrained_tags_by_model(arch)
-    if tag not in tags:
-        raise UnknownNameError(f"{name}: '{arch}' has no weights '{tag}'; {nearest(tag, tags)}")
-    weights = open_clip.get_pretrained_cfg(arch, tag)
-    vision = open_clip.CLIPVisionCfg(**config["vision_cfg"])
-    resize = _RESIZES.get(weights.get("resize_mode", "shortest"))
-    if resize is None:
-        raise VlmError(f"{name}: its resize mode '{weights['resize_mode']}' is neither shortest nor squash")
-    side = vision.image_size
-    # The last part of a hub entry is a file's name, or empty.
-    hub_id = "/".join(weights.get("hf_hub", "").split("/")[:2])
-    quick_gelu = config.get("quick_gelu", False) or weights.get("quick_gelu", False)
-    return EncoderSpec(
-        name=name,
-        family="clip",
-        backend="open_clip",
-        source=arch,
-        weights=hub_id or None,
-        image_size=(side, side) if isinstance(side, int) else tuple(side),
-        stride=vision.patch_size,
-        dim=vision.width,
-        heads=vision.width // vision.head_width,
-        mlp_dim=int(vision.width * vision.mlp_ratio),
-        num_layers=vision.layers,
-        num_prefix=1,
-        feature_layer=-2,
-        mean=tuple(weights["mean"]),
-        std=tuple(weights["std"]),
-        interpolation=weights["interpolation"],
-        resize=resize,
-        reference="https://github.com/mlfoundations/open_clip",
-        options=(("quick_gelu", quick_gelu),),
-    )
-
-
-def _architecture(arch: str, name: str) -> dict[str, Any]:
-    import open_clip
-
-    config: dict[str, Any] | None = open_clip.get_model_config(arch)
-    if config is None:
-        raise UnknownNameError(
-            f"{name}: OpenCLIP has no architecture '{arch}'; {nearest(arch, open_clip.list_models())}"
-        )
-    vision = config["vision_cfg"]
-    if vision.get("timm_model_name"):
-        raise VlmError(f"{name}: its tower is timm's; use 'timm:{vision['timm_model_name']}'")
-    if not isinstance(vision.get("layers"), int):
-        raise VlmError(f"{name}: '{arch}' is no ViT, so its tokens have no blocks to be read at; use a ViT")
-    return config
-
-
-def _load(clip: Any, spec: EncoderSpec, *, pretrained: bool | str) -> None:
-    """Load the vision tower strictly, without the blocks behind the feature layer."""
-    from open_clip.model import resize_pos_embed
-
-    path = find_weights(spec.name, spec.weights, pretrained=pretrained)
-    behind = tuple(f"visual.transformer.resblocks.{index}." for index in range(spec.kept_layers, spec.num_layers))
-    state = load_state(path, spec.name)
-    state = {key: value for key, value in state.items() if key.startswith("visual.") and not key.startswith(behind)}
-    if not state:
-        raise VlmError(f"{spec.name}: weights in '{path}' hold no 'visual.' tower; give an OpenCLIP checkpoint")
-    resize_pos_embed(state, clip)
+    options = dict(spec.options)
+    if options.pop("attn_implementation", None) not in {None, "sdpa"}:
+        raise VlmError(f"{spec.name}: OpenCLIP's own towers have one attention alone; leave attn_implementation out")
+    quick_gelu = bool(options.pop("quick_gelu", config.get("quick_gelu", False)))
+    vision = {**config["vision_cfg"], **options}
+    pooled = vision.get("attentional_pool", False)
+    if spec.final_norm and (pooled or spec.stages):
+        where = "stands behind its attention pool" if pooled else "is not to be found"
+        raise VlmError(f"{spec.name}: the last norm {where}; pass final_norm=False")
+    if spec.stages:
+        vision |= {"image_size": spec.native_size[0]}
+    else:
+        vision |= {"image_size": spec.image_size, "layers": spec.kept_layers, "attentional_pool": False}
     try:
-        clip.visual.load_state_dict({key.removeprefix("visual."): value for key, value in state.items()})
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:400]
-        raise VlmError(f"{spec.name}: weights do not fit: {reason}; give a checkpoint of this encoder") from error
+        return _build_vision_tower(config["embed_dim"], CLIPVisionCfg(**vision), quick_gelu)
+    except REFUSALS as error:
+        reason = " ".join(str(error).split())[:300]
+        raise VlmError(f"{spec.name}: OpenCLIP cannot build it so ({reason}); leave the options out") from error
+
+
+def _cut(network: Any, spec: EncoderSpec) -> Any:
+    """Drop the head, the norm if it is not used, and the stages behind the feature layer."""
+    if not spec.stages:
+        network.prune_intermediate_layers([-1], prune_norm=not spec.final_norm)
+        return network
+    network.attnpool = None
+    for stage in range(spec.kept_layers, spec.num_layers):
+        setattr(network, f"layer{stage}", nn.Identity())
+    return network
