@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from connectors.errors import VlmError
+from vlm_encoders.encoder import Encoder
+from vlm_encoders.encoders import towers
+from vlm_encoders.encoders.towers.entries import LOOSE, telling_entries
+from vlm_encoders.encoders.transformers_load import tower_config
 from vlm_encoders.registry import create_encoder, encoder_spec, list_encoders
 from vlm_encoders.spec import EncoderSpec
 
@@ -45,19 +51,26 @@ def test_so400m_keeps_its_native_size_alone() -> None:
 @given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from(list_encoders()))
 def test_a_size_is_taken_or_answered_with_one_that_is(height: int, width: int, name: str) -> None:
     spec = encoder_spec(name)
+    coarsest = max((stage.stride for stage in spec.stages[: spec.kept_layers]), default=spec.stride)
     try:
         resized = spec.resized((height, width))
     except VlmError as error:
+        if "leave image_size out" in str(error):
+            assert spec.sizes == "native" or (spec.sizes == "square" and height != width)
+            return
         said = str(error).split("use ")[1].split(" or ")
         for choice in said:
             sides = [int(side) for side in choice.split("x")]
             size = (sides[0], sides[-1])
-            assert spec.resized(size).image_size == size
-            assert all(abs(new - old) < spec.stride for new, old in zip(size, (height, width), strict=True))
+            if spec.sizes == "any" or (spec.sizes == "square" and size[0] == size[1]):
+                assert spec.resized(size).image_size == size
+            assert all(abs(new - old) < coarsest for new, old in zip(size, (height, width), strict=True))
     else:
         rows, columns = resized.token_spec().grid or (0, 0)
-        assert 0 <= height - rows * spec.stride < spec.stride
-        assert 0 <= width - columns * spec.stride < spec.stride
+        # Pixels that do not fill a token are left out by most, and padded by some.
+        missing = spec.stride if spec.rounding == "ceil" else 0
+        assert 0 <= height - rows * spec.stride + missing < 2 * spec.stride
+        assert 0 <= width - columns * spec.stride + missing < 2 * spec.stride
         assert spec.token_spec((height, width)) == resized.token_spec()
 
 
@@ -89,10 +102,19 @@ def test_specs_are_hashable_data() -> None:
 def test_parameters_are_the_library_s_own(name: str) -> None:
     spec = encoder_spec(name)
     with torch.device("meta"):
-        ours = create_encoder(name, pretrained=False, feature_layer=-1, final_norm=True)
-        theirs = _whole(spec)
+        ours = _all_layers(name)
+        theirs = None if spec.backend == "transformers" and spec.weights not in CONFIGS else _whole(spec)
     assert sum(parameter.numel() for parameter in ours.parameters()) == spec.parameters
-    assert sum(parameter.numel() for parameter in theirs.parameters()) == spec.parameters
+    if theirs is not None:
+        assert sum(parameter.numel() for parameter in theirs.parameters()) == spec.parameters
+
+
+def _all_layers(name: str) -> Encoder:
+    """Build all layers, and the last norm or neck where there is one."""
+    try:
+        return create_encoder(name, pretrained=False, feature_layer=-1, final_norm=True)
+    except VlmError:
+        return create_encoder(name, pretrained=False, feature_layer=-1, final_norm=False)
 
 
 def _whole(spec: EncoderSpec) -> nn.Module:
@@ -102,72 +124,56 @@ def _whole(spec: EncoderSpec) -> nn.Module:
         import timm
 
         network = timm.create_model(spec.source, num_classes=0, **dict(spec.options))
+        for head in ("head", "fc_norm", "attn_pool"):
+            if hasattr(network, head):
+                setattr(network, head, nn.Identity())
     elif spec.backend == "open_clip":
         import open_clip
 
         network = open_clip.create_model(spec.source, device="meta").visual
         network.proj = None
     else:
-        import transformers
-
-        network = getattr(transformers, spec.source)(CONFIGS[spec.weights or ""]())
-        if hasattr(network, "head"):
-            network.head = None
-        if spec.source.startswith("Dinov2"):
+        tower: Any = towers.tower(spec.source)
+        network = tower.network_class()(released_config(spec))
+        for head in ("head", "pooler"):
+            if hasattr(network, head):
+                setattr(network, head, None)
+        if hasattr(getattr(network, "embeddings", None), "mask_token"):
             network.embeddings.mask_token = None
     module: nn.Module = network
     return module
 
 
-def _config(kind: str, **shape: Any) -> Any:
-    def make() -> Any:
-        import transformers
-
-        return getattr(transformers, kind)(**shape)
-
-    return make
+def released_config(spec: EncoderSpec) -> Any:
+    """Make the config that was released with the weights."""
+    tower: Any = towers.tower(spec.source)
+    entries = {key: value for key, value in CONFIGS[spec.weights or ""].items() if key != "class"}
+    return tower.config_class()(**entries)
 
 
-def _vit(width: int, depth: int, heads: int, mlp: int, patch: int, side: int) -> dict[str, int]:
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": depth,
-        "num_attention_heads": heads,
-        "intermediate_size": mlp,
-        "patch_size": patch,
-        "image_size": side,
-    }
+# The main entries of the released config.json files.
+CONFIGS = json.loads((Path(__file__).parent / "data" / "vision_configs.json").read_text(encoding="utf-8"))
+RELEASED = [name for name in list_encoders() if encoder_spec(name).weights in CONFIGS]
 
 
-def _dino(kind: str, width: int, depth: int, heads: int) -> Any:
-    return _config(
-        kind, hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, patch_size=14, image_size=518
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_row_says_what_the_released_config_says(name: str) -> None:
+    spec = encoder_spec(name)
+    tower: Any = towers.tower(spec.source)
+    assert CONFIGS[spec.weights]["class"] == spec.source
+    released, own = released_config(spec), tower_config(tower, spec.at_layer(-1, final_norm=False))
+    loose = {*LOOSE, *tower.fixed}
+    ours, theirs = (
+        {key: value for key, value in telling_entries(config).items() if key not in loose} for config in (own, released)
     )
-
-
-_SO400M = _config("SiglipVisionConfig", **_vit(1152, 27, 16, 4304, 14, 384))
-CONFIGS = {  # the released config.json files, by their main entries
-    "openai/clip-vit-base-patch32": _config("CLIPVisionConfig", **_vit(768, 12, 12, 3072, 32, 224)),
-    "openai/clip-vit-base-patch16": _config("CLIPVisionConfig", **_vit(768, 12, 12, 3072, 16, 224)),
-    "openai/clip-vit-large-patch14": _config("CLIPVisionConfig", **_vit(1024, 24, 16, 4096, 14, 224)),
-    "openai/clip-vit-large-patch14-336": _config("CLIPVisionConfig", **_vit(1024, 24, 16, 4096, 14, 336)),
-    "google/siglip-base-patch16-224": _config("SiglipVisionConfig", **_vit(768, 12, 12, 3072, 16, 224)),
-    "google/siglip2-base-patch16-224": _config("SiglipVisionConfig", **_vit(768, 12, 12, 3072, 16, 224)),
-    "google/siglip-base-patch16-384": _config("SiglipVisionConfig", **_vit(768, 12, 12, 3072, 16, 384)),
-    "google/siglip-so400m-patch14-384": _SO400M,
-    "google/siglip2-so400m-patch14-384": _SO400M,
-    "facebook/dinov2-small": _dino("Dinov2Config", 384, 12, 6),
-    "facebook/dinov2-base": _dino("Dinov2Config", 768, 12, 12),
-    "facebook/dinov2-large": _dino("Dinov2Config", 1024, 24, 16),
-    "facebook/dinov2-with-registers-small": _dino("Dinov2WithRegistersConfig", 384, 12, 6),
-    "facebook/dinov2-with-registers-base": _dino("Dinov2WithRegistersConfig", 768, 12, 12),
-    "facebook/dinov2-with-registers-large": _dino("Dinov2WithRegistersConfig", 1024, 24, 16),
-    "facebook/sam-vit-base": _config("SamVisionConfig"),
-    "facebook/sam-vit-large": _config(
-        "SamVisionConfig", hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
-        global_attn_indexes=[5, 11, 17, 23],
-    ),
-}  # fmt: skip
+    assert ours == theirs
+    fields = tower.spec_of(released, name)
+    for told in ("stride", "dim", "heads", "num_layers", "prefix_kinds", "sizes", "positions", "mlp_dim", "stages"):
+        if told in fields:
+            assert getattr(spec, told) == fields[told]
+    assert spec.gated_mlp == fields.get("gated_mlp", False)
+    assert spec.native_size == fields["trained_size"]
+    assert (spec.feature_layer, spec.final_norm) == (fields["feature_layer"], fields["final_norm"])
 
 
 def test_a_replaced_spec_is_checked_too() -> None:

@@ -1,7 +1,8 @@
-"""Vision towers of transformers: CLIP, SigLIP, DINOv2, Swin and SAM."""
+"""Vision towers of transformers, each class by its `Tower`."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any, Self
 
 import torch
@@ -9,8 +10,7 @@ from torch import Tensor, nn
 
 from connectors.tokens import VisualTokens
 from vlm_encoders.encoder import Encoder
-from vlm_encoders.encoders.transformers_load import TOWERS, load_tower, require_tower, tower_config
-from vlm_encoders.encoders.weights import find_weights
+from vlm_encoders.encoders.transformers_load import build_tower, load_tower, require_tower, tower_weights
 from vlm_encoders.spec import EncoderSpec
 
 __all__ = ["TransformersEncoder"]
@@ -19,57 +19,64 @@ __all__ = ["TransformersEncoder"]
 class TransformersEncoder(Encoder):
     """A vision model of transformers, cut behind its feature layer.
 
-    Source: transformers' `CLIPVisionModel`, `SiglipVisionModel`, `Dinov2Model`,
-    `Dinov2WithRegistersModel`, `SwinModel`, `SamVisionModel`.
+    Source: the class in `spec.source`, one of `vlm_encoders.encoders.towers.SOURCES`.
 
     Args:
         spec: with the class in `source`.
-        network: the class's instance with the kept blocks.
+        network: the class's instance with the kept layers, in float32 where `Tower.resamples`.
     """
 
     def __init__(self, spec: EncoderSpec, network: nn.Module) -> None:
         super().__init__(spec)
+        self._tower = require_tower(spec)
         self.network = network
-        self._tower = TOWERS[spec.source]
-        if self._tower.norm and not spec.final_norm:
-            setattr(network, self._tower.norm, nn.Identity())
-        if spec.source.startswith("Dinov2"):
-            # It stands for patches that pre-training hid; no token depends on it here.
-            network.embeddings.mask_token = None  # type: ignore[union-attr]
+        self._kept = _Kept()
+        for layer, module in self._tower.watched(network, spec).items():
+            module.register_forward_hook(_Keeper(self._kept, layer))
 
     @classmethod
     def build(cls, spec: EncoderSpec, *, pretrained: bool | str, dtype: torch.dtype) -> Self:
-        """Build the tower from the spec, or from the config that lies beside the weights."""
-        import transformers
-
-        require_tower(spec)
-        model = getattr(transformers, spec.source)
-        extra = {"add_pooling_layer": False} if spec.source == "SwinModel" else {}
+        """Build the tower from the spec, and load the weights that belong to it."""
+        tower = require_tower(spec)
         if pretrained is False:
-            network = model(tower_config(spec), **extra)
-            return cls(spec, network.to(dtype))
-        path = find_weights(spec.name, spec.weights, pretrained=pretrained)
-        return cls(spec, load_tower(model, spec, path, dtype, extra))
+            return cls(spec, build_tower(tower, spec, dtype))
+        return cls(spec, load_tower(tower, spec, tower_weights(spec, pretrained=pretrained), dtype))
 
     def forward_features(self, pixel_values: Tensor) -> VisualTokens:
-        """Run the kept blocks and take the prefix apart."""
-        options = {}
-        if self._tower.any_size and self.spec.image_size != self.spec.native_size:
-            options["interpolate_pos_encoding"] = True
-        hidden: Tensor = self.network(pixel_values, **options).last_hidden_state
-        if hidden.ndim == 4:
-            return VisualTokens.from_map(hidden)
-        if self.spec.final_norm and not self._tower.norm_inside:
-            hidden = getattr(self.network, self._tower.norm)(hidden)
-        count = self.spec.num_prefix
-        prefix = hidden[:, :count] if count else None
-        return VisualTokens(hidden[:, count:], self.token_spec.grid, prefix)
+        """Run the kept layers and take the prefix apart."""
+        return self._tower.forward(self.network, pixel_values, self.spec, self._kept.here())
 
     def blocks(self) -> list[nn.Module]:
-        """Give the kept blocks, first to last."""
-        if self.spec.source == "SamVisionModel":
-            return list(self.network.vision_encoder.layers)  # type: ignore[union-attr, arg-type]
-        encoder: Any = self.network.encoder
-        if self.spec.source == "SwinModel":
-            return [block for stage in encoder.layers for block in stage.blocks]
-        return list(encoder.layers if hasattr(encoder, "layers") else encoder.layer)
+        """Give the kept layers, first to last."""
+        return self._tower.blocks(self.network)
+
+
+class _Keeper:
+    """A hook that keeps what a module returns; an object, so that a copied encoder has hooks of its own."""
+
+    def __init__(self, kept: _Kept, layer: int) -> None:
+        self.kept, self.layer = kept, layer
+
+    def __call__(self, _module: nn.Module, _arguments: Any, returned: Any) -> None:
+        self.kept.here()[self.layer] = returned
+
+
+class _Kept:
+    """What hooks kept in a forward: each thread's own, so that threads may share an encoder."""
+
+    def __init__(self) -> None:
+        self._threads = threading.local()
+        self._traced: dict[int, Any] = {}
+
+    def here(self) -> dict[int, Any]:
+        """Give what was kept in this thread, or in the trace that torch.compile makes, which knows no threads."""
+        if torch.compiler.is_compiling():
+            return self._traced
+        if not hasattr(self._threads, "kept"):
+            self._threads.kept = {}
+        kept: dict[int, Any] = self._threads.kept
+        return kept
+
+    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
+        """Copy and pickle as an empty one."""
+        return _Kept, ()
