@@ -10,6 +10,7 @@ from connectors.base import Chain
 from connectors.errors import VlmError
 from connectors.recipe import recipe_of
 from connectors.tokens import TokenSpec
+from vlm_encoders.encoders.joint_name import map_places
 from vlm_encoders.vlm.stages import PARTS, has_adapter
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def pixel_rules(spec: EncoderSpec) -> dict[str, Any]:
     """Give what makes pixels of an image: no hash of weights can see a change of it."""
+    inside = [pixel_rules(each) for each in spec.pixel_specs if each is not spec]
     return {
         "image_size": list(spec.image_size),
         "mean": list(spec.mean),
@@ -99,6 +101,7 @@ def pixel_rules(spec: EncoderSpec) -> dict[str, Any]:
         "interpolation": spec.interpolation,
         "resize": spec.resize,
         "crop_pct": spec.crop_pct,
+        **({"parts": inside} if inside else {}),
     }
 
 
@@ -129,10 +132,10 @@ def _llm_source(llm: nn.Module) -> str:
 
 
 def _with_absolute_paths(origin: dict[str, Any]) -> dict[str, Any]:
-    pretrained, (door, colon, place) = origin.get("pretrained"), origin.get("name", "").partition(":")
+    pretrained = origin.get("pretrained")
     paths = {"pretrained": _absolute(pretrained)} if isinstance(pretrained, str) else {}
-    if door in {"hf", "timm"} and colon:
-        paths["name"] = f"{door}:{_absolute(place)}"
+    if "name" in origin:
+        paths["name"] = map_places(origin["name"], _absolute)
     return {**origin, **paths}
 
 

@@ -94,7 +94,7 @@ class VisionLanguageModel(nn.Module):
         """
         visual = self._visual_tokens(pixel_values)
         if plans is None:
-            height, width = pixel_values.shape[2:]
+            height, width = self.encoder.spec.image_size
             plans = [whole_image((height, width), height)] * pixel_values.shape[0]
         return self.layout.arrange(visual, plans, self.newline)
 

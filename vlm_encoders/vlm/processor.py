@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from connectors.base import Connector
 from connectors.errors import VlmError
 from vlm_encoders.encoder import Encoder
-from vlm_encoders.preprocess import ImageLike, Preprocessor, load_image
+from vlm_encoders.preprocess import ImageLike, load_image
 from vlm_encoders.tiling.anyres import Tiler, WholeImage, tiler_from_config
 from vlm_encoders.tiling.plan import TilePlan
+from vlm_encoders.view_pixels import ViewPixels
 from vlm_encoders.vlm.atomic import atomic_folder
 from vlm_encoders.vlm.chat import IGNORED, Message, render, tokenize_with_labels
 from vlm_encoders.vlm.placeholders import expand_placeholders
@@ -82,9 +83,9 @@ class VLMProcessor:
         self.token_spec = connector.out_spec(encoder.token_spec)
         self.layout = self.tiler.layout_for(self.token_spec)
         self.tiler.check(encoder.spec)
-        self._preprocess = Preprocessor(encoder.spec)
+        self._preprocess = ViewPixels(encoder.spec)
         # A tile has the size of a view already: to crop it would lose its border.
-        self._preprocess_tiles = Preprocessor(replace(encoder.spec, resize="squash", crop_pct=1.0))
+        self._preprocess_tiles = ViewPixels(encoder.spec.altered(resize="squash", crop_pct=1.0))
         if self.image_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([self.image_token], special_tokens=True)
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(self.image_token)
