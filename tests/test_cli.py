@@ -66,7 +66,8 @@ def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
 def test_list_filters_by_pattern_and_family() -> None:
     output = run("list", "*-l-14*", "--family", "clip")
     names = [line.split()[0] for line in output.splitlines()[2:]]
-    assert names == ["clip-vit-l-14", "clip-vit-l-14-336"]
+    assert {"clip-vit-l-14", "clip-vit-l-14-336"} <= set(names)
+    assert all("-l-14" in name for name in names)
     assert "576" in output
 
 
@@ -75,7 +76,7 @@ def test_list_connectors() -> None:
 
 
 def test_list_without_a_match_names_the_families() -> None:
-    with pytest.raises(VlmError, match="families are clip"):
+    with pytest.raises(VlmError, match=r"families are .*clip, "):
         run("list", "nothing*")
 
 

@@ -2,41 +2,109 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vlm_encoders.cli.console import count
+from vlm_encoders.cli.values import read_layers, read_size
+
+if TYPE_CHECKING:
+    from vlm_encoders.spec import EncoderSpec, Stage
 
 __all__ = ["info"]
 
+_SIZES = {"any": "any whose tokens come out whole", "square": "square ones", "native": "this one alone"}
+
 
 def info(
-    name: Annotated[str, typer.Argument(help="Encoder name, or timm:..., open_clip:..., hf:...")],
-    image_size: Annotated[int | None, typer.Option(help="Side of a view in px, other than the native one.")] = None,
+    name: Annotated[str, typer.Argument(help="Encoder name, or timm:..., open_clip:..., hf:..., fused:...")],
+    image_size: Annotated[str | None, typer.Option(help="Side or HEIGHTxWIDTH of a view in px.")] = None,
+    feature_layer: Annotated[str | None, typer.Option(help="Layer from the end, -1 the last; several: -2,-5.")] = None,
 ) -> None:
     """Print what is known of an encoder; nothing is downloaded or built."""
-    from vlm_encoders.registry import encoder_spec
+    from vlm_encoders.registry import chosen_spec
 
-    spec = encoder_spec(name)
-    if image_size is not None:
-        spec = spec.resized(image_size)
-    tokens = spec.token_spec()
-    grid = "" if tokens.grid is None else f", a grid of {tokens.grid[0]} rows by {tokens.grid[1]} columns"
-    layer = f"{spec.feature_layer} of {spec.num_layers} blocks ({spec.kept_layers} are built)"
+    spec = chosen_spec(name, image_size=read_size(image_size), feature_layer=read_layers(feature_layer))
     card = {
         "name": spec.name,
         "family": spec.family,
         "built by": f"{spec.backend}: {spec.source}",
-        "weights": spec.weights or "none released; pretrained=False or a folder",
+        **_parts(spec),
+        "weights": _weights(spec),
         "licence": spec.licence or "unknown",
-        "view": f"{spec.image_size[0]}x{spec.image_size[1]} px, {spec.resize}, {spec.interpolation}",
-        "mean, std": f"{spec.mean}, {spec.std}",
-        "tokens": f"{tokens.num_tokens} of width {tokens.dim}{grid}",
-        "prefix": f"{tokens.num_prefix} tokens, kept apart",
-        "feature layer": f"{layer}, {'with' if spec.final_norm else 'without'} the final norm",
-        "parameters": count(spec.parameters) if spec.parameters else "unknown before building",
+        "view": _view(spec),
+        "mean, std": "; ".join(dict.fromkeys(f"{each.mean}, {each.std}" for each in spec.pixel_specs)),
+        "sizes": _SIZES[spec.sizes],
+        "positions": spec.positions or "unknown",
+        "tokens": _tokens(spec),
+        "prefix": _prefix(spec),
+        "feature layer": _layer(spec),
+        **_inside(spec),
+        "parameters": _parameters(spec),
         "source": spec.reference or "unknown",
     }
     for key, value in card.items():
         typer.echo(f"{key + ':':<15}{value}")
+
+
+def _parameters(spec: EncoderSpec) -> str:
+    if not spec.parameters:
+        return "unknown before building"
+    cut = "" if spec.encodings or spec.kept_layers == spec.num_layers else ", those behind the feature layer included"
+    return f"{count(spec.parameters)}{cut}"
+
+
+def _parts(spec: EncoderSpec) -> dict[str, str]:
+    said = [f"{part.name} at {_size(part.image_size)} px, {times}x" for part, times in spec.encodings]
+    return {"encoders": "; ".join(said)} if said else {}
+
+
+def _weights(spec: EncoderSpec) -> str:
+    if len(spec.encodings) > 1:
+        return "; ".join(_weights(part) for part, _ in spec.encodings)
+    if spec.weights is None:
+        tag = " (a name with a tag, open_clip:ARCH/TAG, has them)" if spec.name.startswith("open_clip:") else ""
+        return f"none known{tag}; --weights takes a folder, a file or random"
+    return f"{spec.weights}, revision {spec.revision or 'main'}"
+
+
+def _view(spec: EncoderSpec) -> str:
+    if len(spec.pixel_specs) > 1:
+        return "; ".join(_view(each) for each in spec.pixel_specs)
+    exact = ", bit-equal to Pillow" if spec.exact_pixels else ""
+    return f"{_size(spec.image_size)} px, {spec.resize}, {spec.interpolation}{exact}"
+
+
+def _tokens(spec: EncoderSpec) -> str:
+    tokens = spec.token_spec()
+    grid = ", no grid" if tokens.grid is None else f", a grid of {tokens.grid[0]} rows by {tokens.grid[1]} columns"
+    return f"{tokens.num_tokens} of width {tokens.dim}{grid}"
+
+
+def _prefix(spec: EncoderSpec) -> str:
+    kinds = [f"{spec.prefix_kinds.count(kind)} {kind}" for kind in dict.fromkeys(spec.prefix_kinds)]
+    words = f" ({', '.join(kinds)})" if kinds else ""
+    return f"{spec.num_prefix} tokens, kept apart{words}"
+
+
+def _layer(spec: EncoderSpec) -> str:
+    if len(spec.encodings) > 1:
+        return "; ".join(_layer(part) for part, _ in spec.encodings)
+    kind = "stages" if spec.stages else "blocks"
+    layers = " and ".join(map(str, spec.layers))
+    norm = f"{'with' if spec.final_norm else 'without'} the {'neck' if spec.neck else 'final norm'}"
+    return f"{layers} of {spec.num_layers} {kind} ({spec.kept_layers} are built), {norm}"
+
+
+def _inside(spec: EncoderSpec) -> dict[str, str]:
+    card = {"stages": "; ".join(map(_stage, spec.stages))} if spec.stages else {}
+    return {**card, "neck": _stage(spec.neck)} if spec.neck else card
+
+
+def _stage(stage: Stage) -> str:
+    return f"width {stage.dim}, stride {stage.stride}"
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from connectors.errors import UnknownNameError
 from vlm_encoders.cli.console import count, print_table
+from vlm_encoders.cli.values import read_range
+
+if TYPE_CHECKING:
+    from vlm_encoders.spec import EncoderSpec
 
 __all__ = ["list_names"]
 
@@ -15,29 +20,72 @@ __all__ = ["list_names"]
 def list_names(
     pattern: Annotated[str, typer.Argument(help="Shell pattern of the name, such as '*-l-14*'.")] = "*",
     family: Annotated[str | None, typer.Option(help="Only encoders of this family.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Only with so many tokens a view: 576, 500-800 or -800.")] = None,
+    dim: Annotated[str | None, typer.Option(help="Only with tokens of this width: 1024, 768-1024 or 768-.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Only where the licence holds this word, such as mit.")] = None,
     connectors: Annotated[bool, typer.Option("--connectors", help="List connectors instead.")] = False,
 ) -> None:
     """List encoders (or connectors), with what they cost; nothing is downloaded."""
     if connectors:
-        from connectors.base import list_connectors
-
-        names = list_connectors(pattern)
-        if not names:
-            raise UnknownNameError(f"no connector matches '{pattern}'; known are {', '.join(list_connectors())}")
-        typer.echo("\n".join(names))
+        _list_connectors(pattern)
         return
     from vlm_encoders.registry import encoder_spec, list_encoders
 
-    rows = []
-    for name in list_encoders(pattern, family):
-        spec = encoder_spec(name)
-        tokens = spec.token_spec()
-        grid = "" if tokens.grid is None else f"{tokens.grid[0]}x{tokens.grid[1]}"
-        size = f"{spec.image_size[0]}x{spec.image_size[1]}"
-        cost = (str(tokens.num_tokens), grid, str(tokens.num_prefix), str(tokens.dim), count(spec.parameters))
-        rows.append((name, spec.family, size, *cost, spec.licence))
-    if not rows:
-        known = ", ".join(sorted({encoder_spec(name).family for name in list_encoders()}))
-        raise UnknownNameError(f"no encoder matches '{pattern}' in {family or 'any family'}; families are {known}")
+    least_tokens, most_tokens = read_range(tokens)
+    least_dim, most_dim = read_range(dim)
+    everything = [encoder_spec(name) for name in list_encoders()]
+    named = [encoder_spec(name) for name in list_encoders(pattern, family)]
+    found = [
+        spec
+        for spec in named
+        if _within(spec.token_spec().num_tokens, least_tokens, most_tokens)
+        and _within(spec.dim, least_dim, most_dim)
+        and (licence is None or licence.lower() in spec.licence.lower())
+    ]
+    if not found:
+        asked = {"--family": family, "--tokens": tokens, "--dim": dim, "--licence": licence}
+        given = {option: value for option, value in asked.items() if value is not None}
+        words = " ".join(f"{option} {value}" for option, value in given.items())
+        hint = _hint(named or everything, given)
+        part = f"*{pattern.lower()}*"
+        if not named and list_encoders(part):
+            hint = f"did you mean '{part}'; {hint}"
+        raise UnknownNameError(f"no encoder matches '{pattern}' {words}".rstrip() + f"; {hint}")
     headers = ("encoder", "family", "px", "tokens", "grid", "prefix", "width", "params", "licence")
-    print_table(headers, rows, right=(3, 5, 6, 7))
+    print_table(headers, [_row(spec) for spec in found], right=(3, 5, 6, 7))
+
+
+def _within(number: int, least: int, most: int | None) -> bool:
+    return number >= least and (most is None or number <= most)
+
+
+def _row(spec: EncoderSpec) -> tuple[str, ...]:
+    tokens = spec.token_spec()
+    grid = "" if tokens.grid is None else f"{tokens.grid[0]}x{tokens.grid[1]}"
+    size = f"{spec.image_size[0]}x{spec.image_size[1]}"
+    parameters = count(spec.parameters) if spec.parameters else "-"
+    cost = (str(tokens.num_tokens), grid, str(tokens.num_prefix), str(tokens.dim), parameters)
+    return (spec.name, spec.family, size, *cost, spec.licence)
+
+
+def _hint(specs: list[EncoderSpec], given: Collection[str]) -> str:
+    """Say what there is to choose from by the options given, as the end of a sentence."""
+    counts = [spec.token_spec().num_tokens for spec in specs]
+    widths = [spec.dim for spec in specs]
+    said = [f"families are {', '.join(sorted({spec.family for spec in specs}))}"]
+    if "--tokens" in given:
+        said.append(f"tokens are {min(counts)}-{max(counts)}")
+    if "--dim" in given:
+        said.append(f"widths are {min(widths)}-{max(widths)}")
+    if "--licence" in given:
+        said.append(f"licences are {', '.join(sorted({spec.licence or 'unknown' for spec in specs}))}")
+    return "; ".join(said)
+
+
+def _list_connectors(pattern: str) -> None:
+    from connectors.base import list_connectors
+
+    names = list_connectors(pattern)
+    if not names:
+        raise UnknownNameError(f"no connector matches '{pattern}'; known are {', '.join(list_connectors())}")
+    typer.echo("\n".join(names))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 import typer
 
@@ -36,7 +37,8 @@ app.command("generate")(generate)
 
 
 def main() -> None:
-    """Run the command; a mistake is one sentence on stderr and exit status 1."""
+    """Run the command; a mistake is one sentence on stderr and exit status 1, a warning a sentence too."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         app()
     except VlmError as error:

@@ -1,0 +1,55 @@
+"""Options of the sub-commands that hold one number or several."""
+
+from __future__ import annotations
+
+import re
+
+from connectors.errors import VlmError
+
+__all__ = ["read_layers", "read_range", "read_size"]
+
+
+def read_size(text: str | None) -> int | tuple[int, int] | None:
+    """Read a side or HEIGHTxWIDTH in px.
+
+    Raises:
+        VlmError: it is neither.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip())
+    if match is None:
+        raise VlmError(f"'{text}' is no size; write a side or HEIGHTxWIDTH in px, such as 336 or 336x448")
+    return int(match[1]) if match[2] is None else (int(match[1]), int(match[2]))
+
+
+def read_layers(text: str | None) -> int | tuple[int, ...] | None:
+    """Read one feature layer or several, parted by commas.
+
+    Raises:
+        VlmError: one is no whole number.
+    """
+    if text is None:
+        return None
+    if re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", text) is None:
+        raise VlmError(f"'{text}' names no layers; count them from the end, such as -2 or -2,-5")
+    layers = tuple(map(int, text.split(",")))
+    return layers[0] if len(layers) == 1 else layers
+
+
+def read_range(text: str | None) -> tuple[int, int | None]:
+    """Read a number or a range such as 500-800, 500- or -800, as (least, most); None is any number.
+
+    Raises:
+        VlmError: it is neither, or runs downwards.
+    """
+    if text is None:
+        return 0, None
+    match = re.fullmatch(r"(\d*)(-?)(\d*)", text.strip())
+    if match is None or not (match[1] or match[3]):
+        raise VlmError(f"'{text}' is no number and no range; write 576, 500-800, 500- or -800")
+    least = int(match[1] or 0)
+    most = least if not match[2] else int(match[3]) if match[3] else None
+    if most is not None and most < least:
+        raise VlmError(f"the range {text} holds no number; write the smaller one first")
+    return least, most
