@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 # The tests start processes of their own; without bytecode each would compile the whole stack again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test format weights test-lowest clean
+.PHONY: demo test conformance format weights test-lowest clean
 
 demo: $(STAMP)
 	$(BIN)/vlm-encoders demo
@@ -19,6 +19,10 @@ test: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# Every name of timm, open_clip and transformers through the contract; most of an hour on two cores.
+conformance: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python docs/conformance.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
