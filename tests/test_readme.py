@@ -29,10 +29,12 @@ def generator() -> ModuleType:
 
 def test_generated_parts_are_current(generator: ModuleType) -> None:
     assert generator.updated(README) == README, "run python docs/update_readme.py"
+    page = (ROOT / "docs" / "encoders.md").read_text(encoding="utf-8")
+    assert generator.all_encoders() == page, "run python docs/update_readme.py"
 
 
 def test_there_are_snippets() -> None:
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
