@@ -1,9 +1,9 @@
-"""What a connector is, how connectors chain, and how one is registered."""
+"""What a connector is, and how one is registered."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint
 from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 
@@ -11,15 +11,34 @@ import torch
 from torch import nn
 
 from connectors.errors import TokenShapeError, VlmError
+from connectors.init import Draw, is_drawing
 from connectors.registry import Registry
 from connectors.tokens import Grid, PackedTokens, TokenSpec, VisualTokens
+from connectors.tree import register_visual_tokens
 
-__all__ = ["CONNECTORS", "Chain", "Connector", "Option", "list_connectors", "register_connector", "require_positive"]
+__all__ = ["CONNECTORS", "Connector", "Numbers", "Option", "list_connectors", "register_connector", "require_positive"]
 
-Option: TypeAlias = int | float | bool | str | Grid
-"""A value that a recipe can write: `factor=2`, `activation=gelu`, `grid=8x8`."""
+
+class Numbers(tuple[int, ...]):
+    """Whole numbers that a recipe writes with slashes: `levels=1/2/4`; one alone is written plain."""
+
+    __slots__ = ()
+
+    def __new__(cls, values: int | Iterable[int] = ()) -> Self:
+        """Take one number or several."""
+        return super().__new__(cls, (values,) if isinstance(values, int) else values)
+
+    def __str__(self) -> str:
+        """Write them as a recipe does."""
+        return "/".join(map(str, self))
+
+
+Option: TypeAlias = int | float | bool | str | Grid | Numbers
+"""A value that a recipe can write: `factor=2`, `activation=gelu`, `grid=8x8`, `levels=1/2/4`."""
 
 C = TypeVar("C", bound="type[Connector]")
+
+register_visual_tokens()
 
 
 class Connector(nn.Module, ABC):
@@ -33,6 +52,26 @@ class Connector(nn.Module, ABC):
 
     name: ClassVar[str] = ""
     """The registered name, set by `register_connector`."""
+
+    source: ClassVar[str] = ""
+    """The paper, with its address."""
+
+    used_by: ClassVar[str] = ""
+    """Released models that have it, as words for a table."""
+
+    choose: ClassVar[str] = ""
+    """When to choose it, in a sentence."""
+
+    extra_inputs: tuple[str, ...] = ()
+    """Keywords of `forward` beside the tokens; a chain hands them on."""
+
+    newline: nn.Parameter | None
+    """The learned vector (H,) at row ends, which a layout of tiles places and no `forward` reads; None without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Registered here, so that it is trained, moved and saved with the connector.
+        self.register_parameter("newline", None)
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Keep a subclass of a registered connector from passing for its parent."""
@@ -65,28 +104,33 @@ class Connector(nn.Module, ABC):
     def options(self) -> dict[str, Option]:
         """Give the options from which `build` makes this connector again."""
 
+    def reset_parameters(self, seed: int = 0) -> None:
+        """Draw the initial weights again; the global generator is neither read nor moved."""
+        if is_drawing():
+            self.init_weights(Draw(seed))
+
+    def init_weights(self, draw: Draw) -> None:
+        """Draw every parameter in place; a connector with parameters of its own says how.
+
+        By default linear maps and convolutions start as PyTorch starts them.
+        """
+        draw.modules(self)
+
     def forward_packed(self, packed: PackedTokens) -> PackedTokens:
         """Map packed tokens, by default the images of one grid together.
-
-        What comes out without a grid is packed as one row, (1, N).
 
         Raises:
             TokenShapeError: the connector cannot take tokens of one of the grids.
         """
         images = packed.split()
-        places: dict[Grid, list[int]] = {}
-        for index, grid in enumerate(packed.grids):
-            places.setdefault(grid, []).append(index)
-        outputs: list[torch.Tensor] = [packed.tokens] * len(images)
-        grids: list[Grid] = list(packed.grids)
-        for grid, indices in places.items():
-            batch = torch.cat([images[index].tokens for index in indices])
-            result = self(VisualTokens(batch, grid))
-            out_grid = result.grid or (1, result.tokens.shape[1])
-            for row, index in enumerate(indices):
-                outputs[index] = result.tokens[row]
-                grids[index] = out_grid
-        return PackedTokens(torch.cat(outputs), grids)
+        places: dict[TokenSpec, list[int]] = {}
+        for index, spec in enumerate(packed.specs):
+            places.setdefault(spec, []).append(index)
+        found: dict[int, VisualTokens] = {}
+        for spec, indices in places.items():
+            out: VisualTokens = self(VisualTokens(torch.cat([images[index].tokens for index in indices]), spec.grid))
+            found |= {index: VisualTokens(out.tokens[row : row + 1], out.grid) for row, index in enumerate(indices)}
+        return PackedTokens.join([found[index] for index in range(len(images))])
 
     def require_dim(self, spec: TokenSpec, dim: int) -> None:
         """Refuse tokens whose width is not the one that this connector was built for.
@@ -100,60 +144,6 @@ class Connector(nn.Module, ABC):
                 f"'{label}' was built for tokens of width {dim}, got width {spec.dim}; "
                 "build it from the encoder's token_spec"
             )
-
-
-class Chain(Connector):
-    """Connectors one after another.
-
-    Args:
-        *links: at least one connector; nested chains are joined.
-
-    Shape: as the links, in order.
-
-    Raises:
-        VlmError: there is no link.
-    """
-
-    def __init__(self, *links: Connector) -> None:
-        super().__init__()
-        if not links:
-            raise VlmError("a chain needs at least one connector; 'linear' is the smallest")
-        flat: list[Connector] = []
-        for link in links:
-            flat.extend(link.connectors if isinstance(link, Chain) else [link])
-        self.links = nn.ModuleList(flat)
-
-    @property
-    def connectors(self) -> list[Connector]:
-        """The links, typed."""
-        return [link for link in self.links if isinstance(link, Connector)]
-
-    def forward(self, visual: VisualTokens) -> VisualTokens:
-        """Apply each link in turn."""
-        for link in self.links:
-            visual = link(visual)
-        return visual
-
-    def forward_packed(self, packed: PackedTokens) -> PackedTokens:
-        """Apply each link's packed path in turn."""
-        for link in self.connectors:
-            packed = link.forward_packed(packed)
-        return packed
-
-    def out_spec(self, spec: TokenSpec) -> TokenSpec:
-        """State the shape after the last link."""
-        for link in self.connectors:
-            spec = link.out_spec(spec)
-        return spec
-
-    @classmethod
-    def build(cls, in_spec: TokenSpec, out_dim: int, *args: Any, **options: Any) -> Self:
-        """Refuse: a chain is made of links, or by `build_connector` from a recipe."""
-        raise VlmError("a chain has no options of its own; pass links to Chain, or a recipe to build_connector")
-
-    def options(self) -> dict[str, Option]:
-        """Give none: each link has its own."""
-        return {}
 
 
 def require_positive(name: str, **values: int) -> None:
@@ -183,12 +173,30 @@ CONNECTORS: Registry[type[Connector]] = Registry(
     group="vlm_encoders.connectors",
     builtin={
         "avg_pool": "connectors.pooling",
+        "c_abstractor": "connectors.c_abstractor",
+        "conv": "connectors.conv",
+        "flamingo": "connectors.flamingo",
+        "gated_mlp": "connectors.gated_mlp",
+        "instruct_qformer": "connectors.instruct_qformer",
         "keep_prefix": "connectors.keep_prefix",
+        "ldp": "connectors.ldp",
+        "ldp_v2": "connectors.ldp",
         "linear": "connectors.linear",
+        "matryoshka": "connectors.matryoshka",
+        "max_pool": "connectors.pooling",
         "mlp": "connectors.mlp",
+        "norm": "connectors.norm",
+        "patch_merger": "connectors.patch_merger",
         "perceiver": "connectors.perceiver",
         "pixel_shuffle": "connectors.pixel_shuffle",
+        "pooled_projector": "connectors.pooled_projector",
+        "position": "connectors.position",
         "qformer": "connectors.qformer",
+        "residual": "connectors.residual",
+        "resize": "connectors.resize",
+        "sva": "connectors.sva",
+        "token_packer": "connectors.token_packer",
+        "tome": "connectors.tome",
     },
     accept=_accept,
 )

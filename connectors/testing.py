@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from connectors.base import Chain, Connector
+from connectors.base import Connector
+from connectors.chain import Chain, Wrapper
 from connectors.errors import TokenShapeError, VlmError
 from connectors.tokens import Grid, PackedTokens, TokenSpec, VisualTokens
 
@@ -24,7 +25,7 @@ _BATCH = 3
 def check_connector(connector: Connector, spec: TokenSpec) -> None:
     """Hold a connector to the contract that chains, budgets and checkpoints rely on.
 
-    The connector itself is left as it is: copies are run, in fp32 and bf16, on the CPU.
+    The connector itself is left as it is: copies are run, in fp32, bf16 and fp16, on the CPU.
 
     Args:
         connector: a connector or a chain, built for tokens of `spec`.
@@ -33,12 +34,21 @@ def check_connector(connector: Connector, spec: TokenSpec) -> None:
     Raises:
         VlmError: a clause is broken; the sentence names it.
     """
+    given: object = connector
+    if not isinstance(given, Connector):
+        what = given.__name__ if isinstance(given, type) else type(given).__name__
+        raise VlmError(f"check_connector takes a connector that is built, got {what}; build it for the spec first")
     model = copy.deepcopy(connector).to("cpu", torch.float32).eval()
+    for module in model.modules():
+        if isinstance(module, Connector):
+            module.newline = None  # a layout of tiles draws and places it
     half = copy.deepcopy(model).to(torch.bfloat16)
     for each in _accepted(model, spec):
         _check_shape(model, each, torch.float32)
         _check_shape(half, each, torch.bfloat16)
+    _check_large(model, spec)
     _check_rows(model, spec)
+    _check_start(copy.deepcopy(model))
     _check_gradients(copy.deepcopy(model).train(), spec)
     _check_rebuild(model, spec)
     _check_packed(model, spec)
@@ -74,6 +84,43 @@ def _check_shape(model: Connector, spec: TokenSpec, dtype: torch.dtype) -> None:
             raise _broken(model, "numbers are finite", f"{dtype} tokens around 1 gave NaN or infinity")
         if not all(_same(new, old) for new, old in zip((visual.tokens, visual.prefix), before, strict=True)):
             raise _broken(model, "the input is left unchanged", "forward wrote into its tokens; add out of place")
+
+
+def _check_large(model: Connector, spec: TokenSpec) -> None:
+    visual = _random_tokens(spec, 1, torch.float16)
+    prefix = None if visual.prefix is None else visual.prefix * 1000
+    # Encoders give values of up to a thousand in a few channels, and fp16 ends at 65504.
+    with torch.no_grad():
+        out = _run(copy.deepcopy(model).half(), VisualTokens(visual.tokens * 1000, visual.grid, prefix))
+    if not out.tokens.isfinite().all():
+        raise _broken(model, "numbers are finite", "fp16 tokens around 1000 gave NaN or infinity")
+
+
+def _check_start(model: Connector) -> None:
+    """Hold `reset_parameters` to its seed, to every parameter, and to leaving the global generator alone."""
+    clause = "initial weights come from a seed of their own"
+    before = torch.get_rng_state()
+    drawn = []
+    for seed in (0, 0, 1):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(torch.nan)
+        model.reset_parameters(seed)
+        drawn.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+    for name, first in drawn[0].items():
+        if not first.isfinite().all():
+            raise _broken(model, clause, f"'{name}' is not drawn; write init_weights")
+        if not torch.equal(first, drawn[1][name]):
+            raise _broken(model, clause, f"'{name}' differs between two draws of one seed; draw by `draw` alone")
+    if not torch.equal(before, torch.get_rng_state()):
+        raise _broken(model, clause, "the global generator was used; draw by `draw` alone")
+    random = [name for name, first in drawn[0].items() if _varies(first)]
+    if random and all(torch.equal(drawn[0][name], drawn[2][name]) for name in random):
+        raise _broken(model, clause, "another seed gives the same weights")
+
+
+def _varies(tensor: Tensor) -> bool:
+    return bool((tensor != tensor.flatten()[0]).any())
 
 
 def _check_rows(model: Connector, spec: TokenSpec) -> None:
@@ -121,6 +168,9 @@ def _check_rebuild(model: Connector, spec: TokenSpec) -> None:
 
 
 def _rebuild(connector: Connector, spec: TokenSpec) -> Connector:
+    if isinstance(connector, Wrapper):
+        inner = _rebuild(connector.inner, spec)
+        return type(connector).build(spec, connector.out_spec(spec).dim, inner=inner, **connector.options())
     if not isinstance(connector, Chain):
         return type(connector).build(spec, connector.out_spec(spec).dim, **connector.options())
     links = []
@@ -145,7 +195,7 @@ def _check_packed(model: Connector, spec: TokenSpec) -> None:
         parts = model.forward_packed(packed).split()
         for part, visual in zip(parts, visuals, strict=True):
             alone = _run(model, visual)
-            if alone.grid not in {part.grid, None}:
+            if alone.grid != part.grid:
                 raise _broken(model, "packed equals one at a time", f"{alone.grid} alone, {part.grid} packed")
             _require_close(model, "packed equals one at a time", part.tokens, alone.tokens)
 
@@ -175,8 +225,9 @@ def _run(model: Connector, visual: VisualTokens) -> VisualTokens:
     try:
         out: VisualTokens = model(visual)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        dtype = visual.tokens.dtype
-        raise _broken(model, "forward takes what out_spec takes", f"{visual.spec} in {dtype} gave: {error}") from error
+        told = f"{visual.spec} in {visual.tokens.dtype} gave: {error}"
+        advice = "out_spec must refuse what forward cannot take, another width by self.require_dim(spec, in_dim)"
+        raise _broken(model, "forward takes what out_spec takes", f"{told}; {advice}") from error
     return out
 
 
@@ -192,4 +243,5 @@ def _require_close(model: Connector, clause: str, got: Tensor, wanted: Tensor) -
 
 
 def _broken(model: Connector, clause: str, detail: str) -> VlmError:
-    return VlmError(f"'{model.name or type(model).__name__}' breaks the clause '{clause}': {detail}")
+    links = "+".join(link.name or type(link).__name__ for link in model.connectors) if isinstance(model, Chain) else ""
+    return VlmError(f"'{links or model.name or type(model).__name__}' breaks the clause '{clause}': {detail}")

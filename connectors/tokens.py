@@ -16,7 +16,7 @@ from connectors.errors import TokenShapeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Grid", "PackedTokens", "TokenSpec", "VisualTokens", "fold_grid", "require_grid"]
+__all__ = ["Grid", "PackedTokens", "TokenSpec", "VisualTokens", "require_grid"]
 
 Grid: TypeAlias = tuple[int, int]
 """(rows, columns) of tokens or of tiles."""
@@ -49,6 +49,8 @@ class TokenSpec:
                 f"a token spec needs at least one token of width 1, got {self.num_tokens} tokens of width "
                 f"{self.dim} with {self.num_prefix} prefix tokens"
             )
+        if self.grid is not None and not (isinstance(self.grid, (tuple, list)) and len(self.grid) == 2):
+            raise TokenShapeError(f"a grid is (rows, columns), got {self.grid!r}")
         if self.grid is not None and (min(self.grid) < 1 or self.grid[0] * self.grid[1] != self.num_tokens):
             rows, columns = self.grid
             raise TokenShapeError(f"a {rows}x{columns} grid holds {rows * columns} tokens, not {self.num_tokens}")
@@ -75,7 +77,9 @@ class VisualTokens:
         """Hold the tensors to the grid and to each other."""
         if self.tokens.ndim != 3:
             raise TokenShapeError(f"visual tokens are (B, N, D), got shape {tuple(self.tokens.shape)}")
-        if self.grid is not None and self.grid[0] * self.grid[1] != self.tokens.shape[1]:
+        if self.grid is not None and not (isinstance(self.grid, (tuple, list)) and len(self.grid) == 2):
+            raise TokenShapeError(f"a grid is (rows, columns), got {self.grid!r}")
+        if self.grid is not None and (min(self.grid) < 1 or self.grid[0] * self.grid[1] != self.tokens.shape[1]):
             rows, columns = self.grid
             raise TokenShapeError(
                 f"a {rows}x{columns} grid holds {rows * columns} tokens, not {self.tokens.shape[1]}; "
@@ -102,9 +106,9 @@ class VisualTokens:
         Raises:
             TokenShapeError: the tokens have no grid.
         """
-        rows, columns = require_grid(self.grid)
-        batch, _, dim = self.tokens.shape
-        return self.tokens.transpose(1, 2).reshape(batch, dim, rows, columns)
+        # Not transpose and reshape: of one view they hide that channels lie last, and slow kernels are chosen.
+        feature_map: Tensor = self.tokens.unflatten(1, require_grid(self.grid)).permute(0, 3, 1, 2)
+        return feature_map
 
     @classmethod
     def from_map(cls, feature_map: Tensor, prefix: Tensor | None = None) -> VisualTokens:
@@ -121,27 +125,87 @@ class PackedTokens:
 
     Attributes:
         tokens: (M, D), M the tokens of all images together.
-        grids: (rows, columns) of each image, in order.
+        grids: (rows, columns) of each image, in order; None for queries.
+        lengths: the number of tokens of each image; needed only where a grid is None.
 
     Raises:
-        TokenShapeError: the grids do not hold M tokens.
+        TokenShapeError: grids and lengths do not hold M tokens, or a length is missing.
     """
 
     tokens: Tensor
-    grids: Sequence[Grid]
+    grids: Sequence[Grid | None]
+    lengths: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         """Hold the tensor to the grids."""
-        total = sum(rows * columns for rows, columns in self.grids)
-        if self.tokens.ndim != 2 or self.tokens.shape[0] != total:
+        grids = [None if grid is None else (grid[0], grid[1]) for grid in self.grids]
+        if not self.lengths and None in grids:
+            raise TokenShapeError("packed tokens without a grid need lengths=, the number of tokens of each image")
+        lengths = list(self.lengths) or [rows * columns for rows, columns in filter(None, grids)]
+        held = [length if grid is None else grid[0] * grid[1] for grid, length in zip(grids, lengths, strict=False)]
+        if len(lengths) != len(grids) or held != lengths or min(lengths, default=1) < 1:
+            raise TokenShapeError(f"packed grids {grids} do not hold {lengths} tokens; give one length for each image")
+        if self.tokens.ndim != 2 or self.tokens.shape[0] != sum(lengths):
             raise TokenShapeError(
-                f"packed tokens of these grids are ({total}, D), got shape {tuple(self.tokens.shape)}"
+                f"packed tokens of these grids are ({sum(lengths)}, D), got shape {tuple(self.tokens.shape)}"
             )
+        object.__setattr__(self, "grids", grids)
+        object.__setattr__(self, "lengths", lengths)
+
+    @property
+    def specs(self) -> list[TokenSpec]:
+        """The shape of each image."""
+        dim = self.tokens.shape[1]
+        return [TokenSpec(length, dim, grid) for grid, length in zip(self.grids, self.lengths, strict=True)]
+
+    def require_grids(self) -> list[Grid]:
+        """Give the grids back, or refuse a pack in which an image has none.
+
+        Raises:
+            TokenShapeError: there is no image, or one has no grid.
+        """
+        if not self.grids:
+            raise TokenShapeError("there is no image among the packed tokens; leave empty packs out")
+        return [require_grid(grid) for grid in self.grids]
+
+    def with_tokens(self, tokens: Tensor) -> PackedTokens:
+        """Give other tokens, (M, D'), in the same places."""
+        return PackedTokens(tokens, self.grids, self.lengths)
 
     def split(self) -> list[VisualTokens]:
         """Give each image's tokens as a batch of one, (1, N, D) with its grid."""
-        parts = self.tokens.split([rows * columns for rows, columns in self.grids])
+        parts = self.tokens.split(list(self.lengths))
         return [VisualTokens(part[None], grid) for part, grid in zip(parts, self.grids, strict=True)]
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Give the tokens side by side, (I, L, D), and which are real, (I, L); I images, L the longest."""
+        from torch import arange, tensor
+        from torch.nn.utils.rnn import pad_sequence
+
+        lengths = list(self.lengths)
+        tokens = pad_sequence(list(self.tokens.split(lengths)), batch_first=True)
+        real = arange(tokens.shape[1], device=tokens.device) < tensor(lengths, device=tokens.device)[:, None]
+        return tokens, real
+
+    @classmethod
+    def join(cls, images: Sequence[VisualTokens]) -> PackedTokens:
+        """Pack views of any grids or none, each view an image.
+
+        Raises:
+            TokenShapeError: there is no image, a view has prefix tokens, or the widths differ.
+        """
+        from torch import cat
+
+        if not images:
+            raise TokenShapeError("there is no image among the packed tokens; leave empty packs out")
+        if any(image.prefix is not None for image in images):
+            raise TokenShapeError("packed tokens hold no prefix; leave it out, or join it before by keep_prefix")
+        if len({image.tokens.shape[2] for image in images}) > 1:
+            widths = ", ".join(str(image.tokens.shape[2]) for image in images)
+            raise TokenShapeError(f"packed tokens have one width, got {widths}; pack them behind one connector")
+        grids = [image.grid for image in images for _ in range(len(image.tokens))]
+        lengths = [image.tokens.shape[1] for image in images for _ in range(len(image.tokens))]
+        return cls(cat([image.tokens.flatten(0, 1) for image in images]), grids, lengths)
 
 
 def require_grid(grid: Grid | None) -> Grid:
@@ -151,27 +215,7 @@ def require_grid(grid: Grid | None) -> Grid:
         TokenShapeError: the tokens have no grid.
     """
     if grid is None:
-        raise TokenShapeError("query tokens have no grid; put spatial connectors before the resampler")
-    return grid
-
-
-def fold_grid(grid: Grid, factor: int, instead: str = "") -> Grid:
-    """Give the grid of `factor` x `factor` blocks.
-
-    Args:
-        grid: (rows, columns) of tokens.
-        factor: side of a block, tokens.
-        instead: what else the caller offers, in front of the advice to resize.
-
-    Raises:
-        TokenShapeError: the factor does not divide the grid.
-    """
-    rows, columns = grid
-    if rows % factor or columns % factor:
-        larger = f"{-(-rows // factor) * factor}x{-(-columns // factor) * factor}"
-        smaller = f"{rows // factor * factor}x{columns // factor * factor} or " if min(grid) >= factor else ""
         raise TokenShapeError(
-            f"a {rows}x{columns} grid does not divide into {factor}x{factor} blocks; "
-            f"{instead}pad or resize the image to a grid of {smaller}{larger}"
+            "query tokens have no grid; put spatial connectors before the resampler, or state an encoder's own grid"
         )
-    return rows // factor, columns // factor
+    return grid

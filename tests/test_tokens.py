@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from connectors import PackedTokens, TokenShapeError, TokenSpec, VisualTokens
-from connectors.tokens import fold_grid, require_grid
+from connectors.tokens import require_grid
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,7 @@ def test_a_map_and_tokens_are_each_others_inverse(batch: int) -> None:
     prefix = torch.ones(batch, 1, 4, dtype=tokens.dtype)
     feature_map = VisualTokens(tokens, (2, 3)).as_map()
     assert feature_map.shape == (batch, 4, 2, 3)
+    assert feature_map.stride() == (24, 1, 12, 4)  # of one view too: kernels go by it
     if batch:
         assert torch.equal(feature_map[-1, :, 1, 0], tokens[-1, 3])
     back = VisualTokens.from_map(feature_map, prefix)
@@ -79,10 +80,22 @@ def test_packed_tokens_split_into_their_images() -> None:
         PackedTokens(tokens, [(2, 3)])
 
 
-def test_a_grid_folds_or_names_the_grids_that_do() -> None:
-    assert fold_grid((4, 6), 2) == (2, 3)
-    with pytest.raises(TokenShapeError, match="a 27x27 grid does not divide into 2x2 blocks") as caught:
-        fold_grid((27, 27), 2)
-    assert str(caught.value).endswith("pad or resize the image to a grid of 26x26 or 28x28")
-    with pytest.raises(TokenShapeError, match=r"to a grid of 3x6$"):
-        fold_grid((2, 5), 3)
+def test_packed_queries_have_lengths_in_place_of_grids() -> None:
+    tokens = torch.randn(10, 2)
+    packed = PackedTokens(tokens, [None, [2, 3]], [4, 6])  # type: ignore[list-item]
+    assert packed.grids == [None, (2, 3)]
+    assert packed.specs == [TokenSpec(4, 2), TokenSpec(6, 2, (2, 3))]
+    assert [image.grid for image in packed.split()] == [None, (2, 3)]
+    with pytest.raises(TokenShapeError, match="query tokens have no grid"):
+        packed.require_grids()
+    with pytest.raises(TokenShapeError, match="there is no image among the packed tokens; leave empty packs out"):
+        PackedTokens(tokens[:0], []).require_grids()
+    with pytest.raises(TokenShapeError, match="packed tokens without a grid need lengths="):
+        PackedTokens(tokens, [None, (2, 3)])
+    for grids, lengths in (([None, (2, 3)], [4, 5]), ([(2, 3)], [6, 4]), ([(0, 0), (2, 5)], [0, 10])):
+        with pytest.raises(TokenShapeError, match=r"do not hold .* tokens; give one length for each image"):
+            PackedTokens(tokens, grids, lengths)
+    with pytest.raises(TokenShapeError, match="packed tokens hold no prefix"):
+        PackedTokens.join([VisualTokens(torch.zeros(1, 4, 2), prefix=torch.zeros(1, 1, 2))])
+    with pytest.raises(TokenShapeError, match="packed tokens have one width, got 2, 3"):
+        PackedTokens.join([VisualTokens(torch.zeros(1, 4, 2)), VisualTokens(torch.zeros(1, 4, 3))])

@@ -69,6 +69,15 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
         TrainConfig.from_toml(tmp_path / "none.toml")
 
 
+def test_what_is_given_replaces_the_length_of_the_file(tmp_path: Path) -> None:
+    config = TrainConfig.from_toml(toml(tmp_path, LINES + "epochs = 2\n"), steps=3)
+    assert (config.steps, config.epochs) == (3, None)
+    config = TrainConfig.from_toml(toml(tmp_path, LINES + "steps = 3\n"), epochs=2)
+    assert (config.steps, config.epochs) == (None, 2)
+    with pytest.raises(VlmError, match="both set the length"):
+        TrainConfig.from_toml(toml(tmp_path, LINES), epochs=2, steps=3)
+
+
 def test_every_setting_is_explained() -> None:
     source = Path(TrainConfig.__module__.replace(".", "/") + ".py")
     lines = (Path(__file__).parents[1] / source).read_text().splitlines()

@@ -96,7 +96,7 @@ def test_norms_biases_and_learned_tokens_do_not_decay(model: VisionLanguageModel
     groups = parameter_groups(model, learning_rate=0.5, weight_decay=0.1)
     decay = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
     assert {group["lr"] for group in groups} == {0.5}
-    assert decay["newline"] == decay["connector.extra.queries"] == 0.0
+    assert decay["connector.newline"] == decay["connector.extra.queries"] == 0.0
     assert decay["connector.extra.weight"] == 0.1
     for name, value in decay.items():
         if name.endswith("bias"):

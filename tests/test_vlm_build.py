@@ -9,7 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from connectors.errors import UnknownNameError, VlmError
+from connectors import Linear, TokenSpec, build_connector
+from connectors.errors import TokenShapeError, UnknownNameError, VlmError
+from vlm_encoders.registry import create_encoder
 from vlm_encoders.vlm.build import build_model, load_llm
 from vlm_encoders.vlm.model import VisionLanguageModel
 from vlm_encoders.vlm.stages import STAGE_1, STAGE_2, STAGE_2_LORA, StagePolicy, apply_stage
@@ -93,6 +95,26 @@ def test_names_are_read_before_the_llm_is(folders: Path) -> None:
         build_model(f"hf:{folders}/clip", "mlp", missing, tiler="anyre")
 
 
+def test_a_connector_that_is_there_is_cast_to_float32_and_shared(folders: Path) -> None:
+    chain = build_connector("mlp", TokenSpec(16, 32, (4, 4), 1), 32).bfloat16()
+    first, _ = build_model(f"hf:{folders}/clip", chain, folders / "llm", tiler="anyres", dtype=torch.bfloat16)
+    second, _ = build_model(f"hf:{folders}/clip", chain, folders / "llm", tiler="anyres")
+    assert {parameter.dtype for parameter in first.connector.parameters()} == {torch.float32}
+    assert first.connector is second.connector is chain
+    assert first.newline is second.newline
+
+
+def test_a_connector_that_is_none_or_does_not_fit_is_told_before_the_llm_is_read(folders: Path) -> None:
+    missing = folders / "no-llm"
+    with pytest.raises(TokenShapeError, match="was built for tokens of width 48, got width 32"):
+        build_model(f"hf:{folders}/clip", Linear(48, 32), missing)
+    for wrong in ({"proj.weight": torch.ones(32, 32)}, torch.nn.Linear(32, 32), None):
+        with pytest.raises(
+            VlmError, match=f"got {type(wrong).__name__}; write a recipe such as mlp, or .*load_released"
+        ):
+            build_model(f"hf:{folders}/clip", wrong, missing)  # type: ignore[arg-type]
+
+
 def test_an_llm_that_cannot_be_loaded_is_told_in_a_sentence(folders: Path) -> None:
     with pytest.raises(VlmError, match="LLM folder '/no/such/llm' does not exist"):
         load_llm("/no/such/llm")
@@ -120,3 +142,13 @@ def test_weights_that_are_missing_or_cut_off_are_refused(folders: Path) -> None:
     (folders / "llm" / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
     with pytest.raises(VlmError, match="of the LLM"):
         load_llm(folders / "llm")
+
+
+def test_an_encoder_and_a_connector_that_are_there_are_taken_as_they_are(folders: Path) -> None:
+    encoder = create_encoder(f"hf:{folders}/clip")
+    width = load_llm(folders / "llm")[0].get_input_embeddings().embedding_dim  # type: ignore[operator]
+    connector = build_connector("mlp", encoder.token_spec, width)
+    model, processor = build_model(encoder, connector, folders / "llm")
+    assert model.encoder is encoder
+    assert model.connector is connector
+    assert processor.num_image_tokens((28, 28)) == 16

@@ -95,12 +95,8 @@ def build_tiny(recipe: str = "mlp", *, seed: int = 0) -> tuple[VisionLanguageMod
 
     Args:
         recipe: the connector.
-        seed: of its initial weights; the global generator is left as it was.
+        seed: of its initial weights.
     """
-    import torch
-
     from vlm_encoders.vlm.build import build_model
 
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return build_model(TINY_ENCODER, recipe, llm_folder())
+    return build_model(TINY_ENCODER, recipe, llm_folder(), seed=seed)

@@ -52,7 +52,7 @@ class TrainConfig:
     connector: str | None = None
     """Connector recipe, such as `pixel_shuffle:factor=2+mlp`."""
     llm: str | None = None
-    """Hub id or folder of the language model."""
+    """Hub id or folder of the language model; the commands take "tiny" for the embedded one."""
     tiler: str | None = None
     """Name of the tiler, such as `anyres`; None for one view an image."""
     model: str | None = None
@@ -144,6 +144,10 @@ class TrainConfig:
         for key in values:
             if key not in known:
                 raise VlmError(f"{path}: no setting '{key}'; {nearest(key, known)}")
+        for one, other in (("steps", "epochs"), ("epochs", "steps")):
+            if one in given and other not in given:
+                # Both set the length, so either replaces whichever the file has.
+                values.pop(other, None)
         values |= given
         missing = [name for name in ("data", "image_folder", "output") if name not in values]
         if missing:

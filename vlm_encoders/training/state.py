@@ -34,6 +34,7 @@ __all__ = [
 
 STATE_FILE = "trainer.pt"
 LATEST = "latest"
+_NEWLINE = {"newline": "connector.newline"}
 # What may differ when a run goes on: it changes where things go and what is seen, not what is computed.
 _FREE = {"output", "image_folder", "data", "eval_data", "model"} | {
     "num_workers", "save_every", "keep_checkpoints", "log_every", "eval_every", "progress",
@@ -163,8 +164,11 @@ def load_state(folder: Path) -> RunState:
         VlmError: there is none, or it cannot be read.
     """
     try:
-        return RunState(**torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True))
-    except (OSError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        values = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        # Earlier checkpoints have the newline as the model's own; its place in the optimizer is the same.
+        values["weights"] = {_NEWLINE.get(name, name): tensor for name, tensor in values["weights"].items()}
+        return RunState(**values)
+    except (OSError, RuntimeError, TypeError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise VlmError(f"'{folder}' holds no readable training state; give a folder such as step-000100") from error
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from connectors.base import Connector
 from connectors.errors import VlmError
 from connectors.recipe import build_connector, parse_recipe
+from vlm_encoders.encoder import Encoder
 from vlm_encoders.registry import create_encoder, encoder_spec
 from vlm_encoders.tiling.anyres import build_tiler
 from vlm_encoders.vlm.model import VisionLanguageModel
@@ -20,38 +22,54 @@ __all__ = ["build_model", "load_llm"]
 
 
 def build_model(
-    encoder: str,
-    connector: str,
+    encoder: str | Encoder,
+    connector: str | Connector,
     llm: str | Path,
     *,
     tiler: str | None = None,
     pretrained: bool | str | Path = True,
     dtype: torch.dtype | None = None,
     max_length: int | None = None,
+    seed: int = 0,
 ) -> tuple[VisionLanguageModel, VLMProcessor]:
     """Plug an encoder into an LLM: the model in eval mode, and the processor that feeds it.
 
     Args:
-        encoder: as `create_encoder` takes it.
-        connector: a recipe, such as `pixel_shuffle:factor=2+mlp`.
+        encoder: as `create_encoder` takes it, or an encoder that is there already, with its
+            weights: `pretrained` and `dtype` do not touch it.
+        connector: a recipe, such as `pixel_shuffle:factor=2+mlp`, or a connector that is there
+            already, such as one of `load_released`; that one itself becomes the model's, cast to
+            float32, so that models which are given the same one share its weights.
         llm: hub id or local folder of a causal LM with its tokenizer.
         tiler: a tiler's name, such as `anyres`; None for one view an image.
         pretrained: the encoder's weights, as `create_encoder` takes it.
         dtype: of encoder and LLM, None for float32; the connector is float32 whatever they are.
         max_length: longest sample in tokens; None for the LLM's context.
+        seed: of the connector's initial weights; the global generator has no part in them.
 
     Raises:
         UnknownNameError: a name is not known; the nearest are given.
         VlmError: the parts do not fit each other, or cannot be loaded.
     """
     # A name that leads nowhere is told before gigabytes are read.
-    spec = encoder_spec(encoder)
-    parse_recipe(connector)
+    spec = encoder.spec if isinstance(encoder, Encoder) else encoder_spec(encoder)
+    if isinstance(connector, str):
+        parse_recipe(connector)
+    elif isinstance(connector, Connector):
+        connector.out_spec(spec.token_spec())
+    else:
+        raise VlmError(
+            f"a connector is a recipe or a Connector, got {type(connector).__name__}; write a recipe such as mlp, or "
+            "make one of released weights by load_released"
+        )
     cutter = None if tiler is None else build_tiler(tiler, spec.image_size[0])
     language_model, tokenizer = load_llm(llm, dtype)
-    vision = create_encoder(encoder, pretrained=pretrained, dtype=dtype)
+    vision = encoder if isinstance(encoder, Encoder) else create_encoder(encoder, pretrained=pretrained, dtype=dtype)
     width = language_model.get_input_embeddings().embedding_dim  # type: ignore[operator]
-    chain = build_connector(connector, vision.token_spec, width)
+    if isinstance(connector, str):
+        chain: Connector = build_connector(connector, vision.token_spec, width, seed=seed)
+    else:
+        chain = connector.float()
     context = getattr(language_model.config, "max_position_embeddings", None)
     processor = VLMProcessor(vision, chain, tokenizer, tiler=cutter, max_length=max_length or context)
     model = VisionLanguageModel(

@@ -165,7 +165,7 @@ def _build_connector(folder: Path, entry: dict[str, Any]) -> Connector:
             f"the connector of checkpoint '{folder}' is a '{entry['name']}' without a registered name; build it and "
             "pass connector=, or decorate its class with @register_connector"
         )
-    chain = build_connector(entry["recipe"], saved_spec(entry["in_spec"]), entry["out_dim"])
+    chain = build_connector(entry["recipe"], saved_spec(entry["in_spec"]), entry["out_dim"], seed=None)
     return chain if entry["chain"] else chain.connectors[0]
 
 

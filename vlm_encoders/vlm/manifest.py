@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connectors.base import Chain
+from connectors.chain import Chain
 from connectors.errors import VlmError
 from connectors.recipe import recipe_of
 from connectors.tokens import TokenSpec

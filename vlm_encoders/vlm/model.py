@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from connectors.base import Connector
 from connectors.errors import TokenShapeError
+from connectors.init import Draw
 from connectors.tokens import TokenSpec, VisualTokens
 from vlm_encoders.encoder import Encoder
 from vlm_encoders.tiling.layout import TileLayout
@@ -38,7 +39,6 @@ class VisionLanguageModel(nn.Module):
         stage: the stage that `apply_stage` applied last, or None.
         trained: what a stage has trained, so that it is no longer what its source holds.
         token_spec: the tokens of one view as they leave the connector.
-        newline: the learned vector (H,) at row ends, where the layout has one.
 
     Raises:
         TokenShapeError: the connector cannot take the encoder's tokens, or does not
@@ -63,11 +63,13 @@ class VisionLanguageModel(nn.Module):
         self.stage: StagePolicy | None = None
         self.trained: set[TrainedPart] = set()
         self.token_spec = self._checked_spec()
-        self.newline: nn.Parameter | None = None
         if self.layout.newline:
-            width = self.token_spec.dim
-            # The released models draw it so: arXiv 2310.03744's code, image_newline.
-            self.newline = nn.Parameter(torch.randn(width) / width**0.5)
+            self._require_newline()
+
+    @property
+    def newline(self) -> nn.Parameter | None:
+        """The connector's learned vector (H,) at row ends, where the layout has them."""
+        return self.connector.newline if self.layout.newline else None
 
     @property
     def device(self) -> torch.device:
@@ -167,10 +169,9 @@ class VisionLanguageModel(nn.Module):
         return modules[part]
 
     def part_parameters(self, part: Part) -> Iterator[tuple[str, nn.Parameter]]:
-        """Give the named parameters of a part; the newline vector is the connector's."""
-        yield from self.part_module(part).named_parameters(prefix=part)
-        if part == "connector" and self.newline is not None:
-            yield "newline", self.newline
+        """Give the named parameters of a part; the newline vector is the connector's, its last."""
+        named = self.part_module(part).named_parameters(prefix=part)
+        yield from sorted(named, key=lambda pair: pair[0] == "connector.newline")
 
     def describe(self) -> ModelReport:
         """Say what each part is, what of it trains, and what leaves it for one view."""
@@ -200,6 +201,17 @@ class VisionLanguageModel(nn.Module):
         projected: VisualTokens = self.connector(visual)
         return projected
 
+    def _require_newline(self) -> None:
+        """Hold the connector's newline vector to the LLM's width; draw one where it has none."""
+        width, newline = self.token_spec.dim, self.connector.newline
+        if newline is None:
+            first = _first_weight(self.connector)
+            self.connector.newline = nn.Parameter(torch.empty(width) if first is None else first.new_empty(width))
+            # The released models draw it so: arXiv 2310.03744's code, image_newline.
+            Draw().normal(self.connector.newline, width**-0.5)
+        elif newline.shape != (width,):
+            raise TokenShapeError(f"the connector's newline has shape {tuple(newline.shape)}, the LLM takes ({width},)")
+
     def _checked_spec(self) -> TokenSpec:
         spec = self.connector.out_spec(self.encoder.token_spec)
         width = self._embedding.embedding_dim
@@ -216,6 +228,11 @@ class VisionLanguageModel(nn.Module):
         return fill_placeholders(text, images, places)
 
 
+def _first_weight(module: nn.Module) -> nn.Parameter | None:
+    # Checkpoints may hold the newline, which forward does not read, in another dtype than the rest.
+    return next((parameter for name, parameter in module.named_parameters() if name != "newline"), None)
+
+
 def _dtype_of(module: nn.Module) -> torch.dtype | None:
-    first = next(module.parameters(), None)
+    first = _first_weight(module)
     return None if first is None else first.dtype

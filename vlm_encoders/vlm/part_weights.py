@@ -44,11 +44,15 @@ def fill_part(model: VisionLanguageModel, part: Part, file: Path) -> None:
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+    from torch import nn
 
     try:
         saved = load_file(file)
     except (OSError, SafetensorError) as error:
         raise VlmError(f"'{file}' cannot be read ({error}); the checkpoint is broken, use an earlier one") from error
+    if part == "connector" and model.connector.newline is None and "newline" in saved:
+        # A layout without row ends makes none, but released weights had brought it.
+        model.connector.newline = nn.Parameter(saved["newline"])
     own = _tensors(model, part)
     problems = {
         "missing": sorted(own.keys() - saved.keys()),
@@ -82,6 +86,7 @@ def save_adapter(llm: nn.Module, folder: Path) -> None:
 
 def _tensors(model: VisionLanguageModel, part: Part) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = dict(model.part_module(part).state_dict(keep_vars=True))
-    if part == "connector" and model.newline is not None:
-        tensors["newline"] = model.newline
-    return tensors
+    newline = model.connector.newline
+    # A chain shares the newline of its link, which the recipe does not make again.
+    twice = [name for name in tensors if newline is not None and name.endswith(".newline") and tensors[name] is newline]
+    return {name: tensor for name, tensor in tensors.items() if name not in twice}

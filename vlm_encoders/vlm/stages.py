@@ -161,6 +161,9 @@ def apply_stage(model: VisionLanguageModel, policy: StagePolicy) -> VisionLangua
             parameter.requires_grad_((mode == "train" and not is_adapter) or (mode == "lora" and is_adapter))
         if mode != "frozen":
             model.trained.add("adapter" if mode == "lora" else part)
+    if model.newline is None and model.connector.newline is not None:
+        # The layout has no row ends, so nothing could train it.
+        model.connector.newline.requires_grad_(False)
     if last is not None:
         model.encoder.requires_grad_(False)
         for block in blocks[-last:]:
