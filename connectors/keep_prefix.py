@@ -1,4 +1,7 @@
-"""Keep the prefix tokens: let the language model see CLS and registers."""
+"""Keep the prefix tokens: let the language model see CLS and registers.
+
+Source: BLIP-2, https://arxiv.org/abs/2301.12597, whose Q-Former reads CLS with the patches.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,10 @@ class KeepPrefix(Connector):
 
     Shape: (B, N, D) with prefix (B, P, D) -> (B, P+N, D) without grid.
     """
+
+    source = "BLIP-2, https://arxiv.org/abs/2301.12597"
+    used_by = "BLIP-2 and InstructBLIP, in front of the Q-Former"
+    choose = "where CLS or registers hold what the question needs, the whole image at a glance for one"
 
     def forward(self, visual: VisualTokens) -> VisualTokens:
         """Join (B, P, D) and (B, N, D) to (B, P+N, D)."""

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from typing import Self
 
-from torch import nn
+from torch import Tensor
 
-from connectors.base import Connector, Option, register_connector, require_positive
-from connectors.tokens import TokenSpec, VisualTokens
+from connectors.base import Option, register_connector, require_positive
+from connectors.init import linear
+from connectors.kinds import TokenWise
+from connectors.tokens import TokenSpec
 
 __all__ = ["Linear"]
 
 
 @register_connector("linear")
-class Linear(Connector):
+class Linear(TokenWise):
     """Map each token to another width by one matrix.
 
     Args:
@@ -30,20 +32,21 @@ class Linear(Connector):
         VlmError: a width is not positive.
     """
 
+    source = "LLaVA, https://arxiv.org/abs/2304.08485"
+    used_by = "LLaVA 1.0; behind a fold in Idefics3 and SmolVLM; behind the Q-Former in BLIP-2"
+    choose = "as the smallest control, or to end a chain at the LLM's width"
+
     def __init__(self, in_dim: int, out_dim: int, bias: bool = True) -> None:  # noqa: FBT001, FBT002 - as nn.Linear
         super().__init__()
         require_positive("linear", in_dim=in_dim, dim=out_dim)
-        self.proj = nn.Linear(in_dim, out_dim, bias=bias)
+        self.in_dim, self.out_dim = in_dim, out_dim
+        self.proj = linear(in_dim, out_dim, bias)
+        self.reset_parameters()
 
-    def forward(self, visual: VisualTokens) -> VisualTokens:
-        """Map (B, N, in_dim) to (B, N, out_dim)."""
-        out = self.out_spec(visual.spec)
-        return VisualTokens(self.proj(visual.tokens), out.grid)
-
-    def out_spec(self, spec: TokenSpec) -> TokenSpec:
-        """Keep the tokens and their grid, change the width."""
-        self.require_dim(spec, self.proj.in_features)
-        return TokenSpec(spec.num_tokens, self.proj.out_features, spec.grid)
+    def change(self, tokens: Tensor) -> Tensor:
+        """Map (..., in_dim) to (..., out_dim)."""
+        out: Tensor = self.proj(tokens)
+        return out
 
     @classmethod
     def build(cls, in_spec: TokenSpec, out_dim: int, *, bias: bool = True, dim: int | None = None) -> Self:
@@ -52,4 +55,4 @@ class Linear(Connector):
 
     def options(self) -> dict[str, Option]:
         """Give bias and the width."""
-        return {"bias": self.proj.bias is not None, "dim": self.proj.out_features}
+        return {"bias": self.proj.bias is not None, "dim": self.out_dim}
