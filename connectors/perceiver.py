@@ -7,15 +7,19 @@ transformers.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from connectors.attention import Attention, RMSNorm, init_transformer
-from connectors.base import Connector, Option, register_connector, require_positive
-from connectors.tokens import TokenSpec, VisualTokens
+from connectors.activations import gated
+from connectors.attention import Attention
+from connectors.base import Option, register_connector, require_positive
+from connectors.init import Draw, linear
+from connectors.kinds import Resampler
+from connectors.norms import RMSNorm
+from connectors.tokens import TokenSpec
 
 __all__ = ["PerceiverBlock", "PerceiverResampler", "SwiGLU"]
 
@@ -32,13 +36,13 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dim, hidden, bias=False)
-        self.up_proj = nn.Linear(dim, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, dim, bias=False)
+        self.gate_proj = linear(dim, hidden, bias=False)
+        self.up_proj = linear(dim, hidden, bias=False)
+        self.down_proj = linear(hidden, dim, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map (B, N, D) to (B, N, D)."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(tokens)) * self.up_proj(tokens))
+        out: Tensor = self.down_proj(gated(F.silu(self.gate_proj(tokens)), self.up_proj(tokens)))
         return out
 
 
@@ -62,17 +66,16 @@ class PerceiverBlock(nn.Module):
         self.ffn_norm = RMSNorm(dim)
         self.ffn = SwiGLU(dim, 4 * dim)
 
-    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
-        """Map (B, Q, D) to (B, Q, D)."""
+    def forward(self, queries: Tensor, context: Tensor, real: Tensor | None = None) -> Tensor:
+        """Map (B, Q, D) to (B, Q, D); `real` (B, N + Q) is False where what is read only fills up."""
         normed = self.query_norm(queries)
-        both = torch.cat([self.context_norm(context), normed], dim=1)
-        queries = queries + self.attention(normed, both)
+        queries = queries + self.attention(normed, torch.cat([self.context_norm(context), normed], dim=1), real)
         out: Tensor = queries + self.ffn(self.ffn_norm(queries))
         return out
 
 
 @register_connector("perceiver")
-class PerceiverResampler(Connector):
+class PerceiverResampler(Resampler):
     """Read the image with a fixed number of learned queries, at its own width.
 
     It keeps the width, so a recipe projects before or after it. Idefics2 projects
@@ -92,6 +95,11 @@ class PerceiverResampler(Connector):
         VlmError: an option is not positive, or kv_heads do not divide the heads.
     """
 
+    hands_prefix = True
+    source = "Idefics2, https://arxiv.org/abs/2405.02246"
+    used_by = "Idefics2"
+    choose = "for few tokens a view whatever its grid, with much data to train it"
+
     def __init__(
         self, in_dim: int, queries: int = 64, depth: int = 3, heads: int = 16, head_dim: int = 96, kv_heads: int = 4
     ) -> None:
@@ -99,26 +107,27 @@ class PerceiverResampler(Connector):
         sizes = {"queries": queries, "depth": depth, "heads": heads, "head_dim": head_dim, "kv_heads": kv_heads}
         require_positive("perceiver", in_dim=in_dim, **sizes)
         self._options: dict[str, Option] = dict(sizes)
+        self.in_dim, self.out_dim, self.num_queries = in_dim, in_dim, queries
         self.queries = nn.Parameter(torch.empty(queries, in_dim))
         self.blocks = nn.ModuleList(PerceiverBlock(in_dim, heads, head_dim, kv_heads) for _ in range(depth))
         self.norm = RMSNorm(in_dim)
-        self.apply(init_transformer)
+        self.reset_parameters()
+
+    def init_weights(self, draw: Draw) -> None:
+        """Start maps at N(0, 0.02) and queries at N(0, 1)."""
+        draw.modules(self, std=0.02)
         # Flamingo's start: transformers' class starts all at one, where every query gives the same token.
-        nn.init.normal_(self.queries)
+        draw.normal(self.queries)
 
-    def forward(self, visual: VisualTokens) -> VisualTokens:
+    def read(self, tokens: Tensor, real: Tensor | None = None, **extra: Any) -> Tensor:
         """Map (B, N, in_dim) to (B, queries, in_dim)."""
-        self.out_spec(visual.spec)
-        tokens = self.queries.expand(visual.tokens.shape[0], -1, -1)
+        queries = self.queries.expand(tokens.shape[0], -1, -1)
+        if real is not None:
+            real = torch.cat([real, real.new_ones(queries.shape[:2])], dim=1)
         for block in self.blocks:
-            tokens = block(tokens, visual.tokens)
-        return VisualTokens(self.norm(tokens), prefix=visual.prefix)
-
-    def out_spec(self, spec: TokenSpec) -> TokenSpec:
-        """Give the queries, whatever the number of image tokens."""
-        num_queries, dim = self.queries.shape
-        self.require_dim(spec, dim)
-        return TokenSpec(num_queries, dim, num_prefix=spec.num_prefix)
+            queries = block(queries, tokens, real)
+        out: Tensor = self.norm(queries)
+        return out
 
     @classmethod
     def build(

@@ -7,20 +7,22 @@ an MLP: BLIP-2 trained its own on 129M pairs before any language model was there
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from connectors.attention import Attention, init_transformer
-from connectors.base import Connector, Option, register_connector, require_positive
+from connectors.attention import Attention
+from connectors.base import Option, register_connector, require_positive
 from connectors.errors import VlmError
-from connectors.tokens import TokenSpec, VisualTokens
+from connectors.init import Draw, linear
+from connectors.kinds import Resampler
+from connectors.tokens import TokenSpec
 
-__all__ = ["QFormer", "QFormerLayer"]
+__all__ = ["BERT_EPS", "QFormer", "QFormerLayer", "require_dropout"]
 
-# BERT's, from whose weights BLIP-2 starts its Q-Former.
-_EPS = 1e-12
+BERT_EPS = 1e-12
+"""Added under the root of BERT's norms, from whose weights BLIP-2 starts its Q-Former."""
 
 
 class QFormerLayer(nn.Module):
@@ -39,26 +41,34 @@ class QFormerLayer(nn.Module):
     def __init__(self, dim: int, heads: int, ffn: int, context_dim: int | None, dropout: float) -> None:
         super().__init__()
         self.self_attention = Attention(dim, heads, dropout=dropout)
-        self.self_norm = nn.LayerNorm(dim, eps=_EPS)
+        self.self_norm = nn.LayerNorm(dim, eps=BERT_EPS)
         self.has_cross_attention = context_dim is not None
         if self.has_cross_attention:
             self.cross_attention = Attention(dim, heads, context_dim=context_dim, dropout=dropout)
-            self.cross_norm = nn.LayerNorm(dim, eps=_EPS)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.GELU(), nn.Linear(ffn, dim))
-        self.ffn_norm = nn.LayerNorm(dim, eps=_EPS)
+            self.cross_norm = nn.LayerNorm(dim, eps=BERT_EPS)
+        self.ffn = nn.Sequential(linear(dim, ffn), nn.GELU(), linear(ffn, dim))
+        self.ffn_norm = nn.LayerNorm(dim, eps=BERT_EPS)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
-        """Map (B, Q, dim) to (B, Q, dim)."""
-        queries = self.self_norm(queries + self.dropout(self.self_attention(queries)))
+    def forward(self, queries: Tensor, context: Tensor, real: Tensor | None = None) -> Tensor:
+        """Map (B, Q, dim) to (B, Q, dim); `real` (B, N) is False where a token of the context only fills up."""
+        return self.read(self.exchange(queries), context, real)
+
+    def exchange(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
+        """Let tokens attend to each other: (B, Q, dim) to (B, Q, dim)."""
+        out: Tensor = self.self_norm(tokens + self.dropout(self.self_attention(tokens, real=real)))
+        return out
+
+    def read(self, queries: Tensor, context: Tensor, real: Tensor | None) -> Tensor:
+        """Let queries read the image, where the layer does, and map each alone: (B, Q, dim) to (B, Q, dim)."""
         if self.has_cross_attention:
-            queries = self.cross_norm(queries + self.dropout(self.cross_attention(queries, context)))
+            queries = self.cross_norm(queries + self.dropout(self.cross_attention(queries, context, real)))
         out: Tensor = self.ffn_norm(queries + self.dropout(self.ffn(queries)))
         return out
 
 
 @register_connector("qformer")
-class QFormer(Connector):
+class QFormer(Resampler):
     """Read the image with a fixed number of learned queries.
 
     It ends at width `dim`, so a recipe goes on: `qformer+linear`. BLIP-2 shows it
@@ -83,6 +93,10 @@ class QFormer(Connector):
             dropout is no probability.
     """
 
+    source = "BLIP-2, https://arxiv.org/abs/2301.12597"
+    used_by = "BLIP-2"
+    choose = "for few tokens a view where its pretrained weights are loaded, or there is much data to train it"
+
     def __init__(
         self,
         in_dim: int,
@@ -98,31 +112,28 @@ class QFormer(Connector):
         sizes = {"queries": queries, "dim": dim, "layers": layers, "heads": heads}
         sizes |= {"cross_every": cross_every, "ffn": ffn}
         require_positive("qformer", in_dim=in_dim, **sizes)
-        if not 0 <= dropout < 1:
-            raise VlmError(f"'qformer' has dropout={dropout}; give a probability from 0 to below 1, for example 0.1")
-        self.in_dim = in_dim
+        require_dropout("qformer", dropout)
+        self.in_dim, self.num_queries, self.out_dim = in_dim, queries, dim
         self._options: dict[str, Option] = {**sizes, "dropout": dropout}
         self.queries = nn.Parameter(torch.empty(queries, dim))
-        self.norm = nn.LayerNorm(dim, eps=_EPS)
+        self.norm = nn.LayerNorm(dim, eps=BERT_EPS)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(
             QFormerLayer(dim, heads, ffn, None if index % cross_every else in_dim, dropout) for index in range(layers)
         )
-        self.apply(init_transformer)
-        nn.init.normal_(self.queries, std=0.02)
+        self.reset_parameters()
 
-    def forward(self, visual: VisualTokens) -> VisualTokens:
+    def init_weights(self, draw: Draw) -> None:
+        """Start as BERT; the queries at N(0, 0.02), as LAVIS does."""
+        draw.modules(self, std=0.02)
+        draw.normal(self.queries, 0.02)
+
+    def read(self, tokens: Tensor, real: Tensor | None = None, **extra: Any) -> Tensor:
         """Map (B, N, in_dim) to (B, queries, dim)."""
-        self.out_spec(visual.spec)
-        tokens: Tensor = self.dropout(self.norm(self.queries.expand(visual.tokens.shape[0], -1, -1)))
+        queries: Tensor = self.dropout(self.norm(self.queries.expand(tokens.shape[0], -1, -1)))
         for layer in self.layers:
-            tokens = layer(tokens, visual.tokens)
-        return VisualTokens(tokens)
-
-    def out_spec(self, spec: TokenSpec) -> TokenSpec:
-        """Give the queries, whatever the number of image tokens."""
-        self.require_dim(spec, self.in_dim)
-        return TokenSpec(*self.queries.shape)
+            queries = layer(queries, tokens, real)
+        return queries
 
     @classmethod
     def build(
@@ -144,3 +155,13 @@ class QFormer(Connector):
     def options(self) -> dict[str, Option]:
         """Give all options but the encoder's width."""
         return dict(self._options)
+
+
+def require_dropout(name: str, dropout: float) -> None:
+    """Refuse a dropout that is no probability below 1.
+
+    Raises:
+        VlmError: it is not.
+    """
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise VlmError(f"'{name}' has dropout={dropout}; give a probability from 0 to below 1, for example 0.1")
