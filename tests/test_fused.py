@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from connectors import build_connector
+from connectors import PixelShuffle, TokenSpec, build_connector
 from connectors.errors import TokenShapeError, VlmError
 from vlm_encoders.budget import encoder_flops, token_budget
 from vlm_encoders.encoder import Encoder
@@ -109,6 +109,7 @@ def test_pixels_are_each_part_s_own(make: Make, photo: Image.Image) -> None:
         "fused[fuse=interleave]:tiny-digits[feature_layer=-2]+tiny-digits",
         "fused[fuse=sequence]:(multiscale:tiny-digits)[feature_layer=-2]+(fused:tiny-digits+tiny-digits)",
         "fused[grid=16x16]:siglip-b-16-224+swin-t-224",
+        "fused[fold=true]:tiny-digits+tiny-digits[image_size=128]",
     ],
 )
 def test_the_contract_of_encoders_holds(name: str) -> None:
@@ -279,3 +280,63 @@ def test_parts_that_cannot_share_a_view_are_refused(clip: Encoder, clip_spec: An
         FusedEncoder([clip, other])
     with pytest.raises(VlmError, match="takes two encoders or more, got 0"):
         FusedEncoder(nn.ModuleList())  # type: ignore[arg-type]
+
+
+def test_a_finer_grid_is_folded_window_by_window(make: Make, photo: Image.Image) -> None:
+    names = make("clip", 32), make("dinov2", 64, hidden_size=16)
+    joint = create_encoder(f"fused[fold=true]:{names[0]}+{names[1]}")
+    (coarse, _), (_, fine) = (tokens_of(create_encoder(name), photo) for name in names)
+    visual = joint.encode(photo)
+    assert (visual.grid, joint.spec.dim, joint.token_spec) == ((4, 4), 32 + 4 * 16, visual.spec)
+    for row in range(4):
+        for column in range(4):
+            window = [fine[0, :, 2 * row + down, 2 * column + right] for down in (0, 1) for right in (0, 1)]
+            expected = torch.cat([coarse[0, 4 * row + column], *window])
+            assert torch.equal(visual.tokens[0, 4 * row + column], expected)
+
+
+def test_folding_is_pixel_shuffle_and_takes_oblong_grids(make: Make, photo: Image.Image) -> None:
+    names = make("clip", 32), make("clip", 64)
+    joint = create_encoder(f"fused[fold=true,grid=2x4]:{names[0]}[image_size=16x32]+{names[1]}[image_size=32x64]")
+    second = create_encoder(names[1], image_size=(32, 64)).encode(photo)
+    visual = joint.encode(photo)
+    assert visual.grid == (2, 4)
+    assert torch.equal(visual.tokens[..., 32:], PixelShuffle(2)(second).tokens)
+
+
+def test_folded_encoders_feed_the_spatial_vision_aggregator(make: Make, photo: Image.Image) -> None:
+    joint = create_encoder(f"fused[fold=true]:{make('clip', 32)}+{make('dinov2', 64, hidden_size=16)}")
+    recipe = "sva:widths=32/16,folds=1/2,hidden=24,heads=2,depth=2"
+    connector = build_connector(recipe, joint.token_spec, 20)
+    out = connector(joint.encode([photo, photo]))
+    assert out.spec == connector.out_spec(joint.token_spec)
+    assert out.spec == TokenSpec(16, 20, (4, 4))
+
+
+def test_a_folding_joint_is_made_again_by_its_name(make: Make, photo: Image.Image) -> None:
+    parts = [create_encoder(make("clip", 32)), create_encoder(make("dinov2", 64))]
+    joint = FusedEncoder(parts, fold=True).eval()
+    again = create_encoder(**json.loads(json.dumps(joint.origin)))
+    assert "fold=true" in joint.origin["name"]
+    assert joint.spec == again.spec
+    assert torch.equal(joint.encode(photo).tokens, again.encode(photo).tokens)
+    assert "fold=" not in FusedEncoder(parts).origin["name"]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("fused[fold=yes]:A+A", "fold=yes is not understood; give true or false"),
+        ("fused[fold=true,fuse=sequence]:A+A", "fold joins windows by channel and fuse is sequence; use fuse=channel"),
+        ("fused[fold=true,resampling=area]:A+A", "in place of resampling, got resampling=area; leave one of them out"),
+        (
+            "fused[fold=true]:A+A[image_size=96x128]",
+            "the 12x16 grid of .* does not fold to 8x8 by square windows; give",
+        ),
+        ("fused[fold=true]:A+A[image_size=128x64]", "the 16x8 grid of .* does not fold to 8x8 by square windows; give"),
+        ("fused[fold=true]:A[image_size=128]+A", "the 8x8 grid of .* does not fold to 16x16 by square windows; give"),
+    ],
+)
+def test_what_does_not_fold_is_refused(name: str, sentence: str) -> None:
+    with pytest.raises(VlmError, match=sentence):
+        encoder_spec(name.replace("A", "tiny-digits"))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from connectors.errors import VlmError
-from connectors.tokens import Grid, VisualTokens
+from connectors.tokens import Grid, VisualTokens, require_grid
 from vlm_encoders.encoder import Encoder
 from vlm_encoders.encoders.fused_spec import Fuse, FusedSpec, fused_spec
 from vlm_encoders.encoders.joint_parts import joint_origin
@@ -33,6 +33,7 @@ class FusedEncoder(Encoder):
         grid: (rows, columns) that each part is brought to; None for the first part's with
             "channel", and for no change otherwise.
         resampling: as in `resample`.
+        fold: as in `FusedSpec`.
 
     Attributes:
         origin: rebuilds the joint by name where each encoder was made by `create_encoder`
@@ -51,15 +52,17 @@ class FusedEncoder(Encoder):
         fuse: Fuse = "channel",
         grid: Grid | None = None,
         resampling: str | None = None,
+        fold: bool = False,
     ) -> None:
         parts = list(encoders)
         origin = joint_origin(
             "fused",
             [part.origin for part in parts],
-            {"fuse": fuse, "grid": grid and tuple(grid), "resampling": resampling},
+            {"fuse": fuse, "grid": grid and tuple(grid), "resampling": resampling, "fold": fold or None},
         )
         name = origin.get("name") or f"fused:{'+'.join(part.spec.name for part in parts)}"
-        super().__init__(fused_spec([part.spec for part in parts], name, fuse=fuse, grid=grid, resampling=resampling))
+        specs = [part.spec for part in parts]
+        super().__init__(fused_spec(specs, name, fuse=fuse, grid=grid, resampling=resampling, fold=fold))
         _check_parts(name, parts)
         self.encoders = nn.ModuleList(parts)
         self.origin = origin
@@ -74,7 +77,7 @@ class FusedEncoder(Encoder):
                 "write [pretrained=FOLDER] behind each part"
             )
         parts = [build_encoder(part, pretrained=pretrained, dtype=dtype) for part in joint.parts]
-        encoder = cls(parts, fuse=joint.fuse, grid=joint.grid, resampling=joint.resampling)
+        encoder = cls(parts, fuse=joint.fuse, grid=joint.grid, resampling=joint.resampling, fold=joint.fold)
         encoder.spec = joint
         return encoder
 
@@ -96,6 +99,9 @@ class FusedEncoder(Encoder):
             visual: VisualTokens = part(pixels.reshape(-1, *part.pixel_shape))
             found.append(VisualTokens(visual.tokens, visual.grid))
         spec = self.spec
+        if spec.fuse == "channel" and spec.fold:
+            rows, _ = require_grid(self.token_spec.grid)
+            found = [_fold(visual, require_grid(visual.grid)[0] // rows) for visual in found]
         if spec.fuse == "channel":
             return join_channels(found, spec.grid, spec.resampling)
         if spec.grid is not None:
@@ -108,6 +114,13 @@ class FusedEncoder(Encoder):
     def blocks(self) -> list[nn.Module]:
         """Give the kept blocks of the first part, then those of the second, and so on."""
         return [block for part in self.parts for block in part.blocks()]
+
+
+def _fold(visual: VisualTokens, side: int) -> VisualTokens:
+    """Join the tokens of each `side` x `side` window: (B, R*C, D) to (B, R*C / side**2, D * side**2)."""
+    rows, columns = (length // side for length in require_grid(visual.grid))
+    blocks = visual.tokens.unflatten(1, (rows, side, columns, side)).transpose(2, 3)
+    return VisualTokens(blocks.flatten(3).flatten(1, 2), (rows, columns))
 
 
 def _check_parts(name: str, parts: Sequence[Encoder]) -> None:

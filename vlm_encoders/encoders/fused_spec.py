@@ -35,12 +35,16 @@ class FusedSpec(EncoderSpec):
         grid: (rows, columns) that each part is brought to; None for the first part's with
             "channel", and for no change otherwise.
         resampling: as in `resample`.
+        fold: with "channel", bring a finer grid to the common one by joining the tokens of each of
+            its windows, row by row and then channel by channel as `pixel_shuffle` does, in place of
+            resampling: nothing is lost, and the token is wider. The connector `sva` takes such tokens.
     """
 
     parts: tuple[EncoderSpec, ...]
     fuse: Fuse = "channel"
     grid: Grid | None = None
     resampling: str | None = None
+    fold: bool = False
 
     @property
     def encodings(self) -> tuple[tuple[EncoderSpec, int], ...]:
@@ -65,7 +69,7 @@ class FusedSpec(EncoderSpec):
         """
         if image_size is not None:
             self.resized(image_size)
-        return _joint_tokens(self.name, self.parts, self.fuse, self.grid)
+        return _joint_tokens(self.name, self.parts, self.fuse, self.grid, fold=self.fold)
 
     def resized(self, image_size: int | Grid) -> Self:
         """Refuse another size than its own.
@@ -118,6 +122,7 @@ def fused_spec(
     fuse: Fuse = "channel",
     grid: Grid | None = None,
     resampling: str | None = None,
+    fold: bool = False,
 ) -> FusedSpec:
     """Make the spec of a joint.
 
@@ -127,9 +132,10 @@ def fused_spec(
         fuse: as in `FusedSpec`.
         grid: as in `FusedSpec`.
         resampling: as in `FusedSpec`.
+        fold: as in `FusedSpec`.
 
     Raises:
-        VlmError: an option has no such value, or the parts cannot be so joined.
+        VlmError: an option has no such value, two do not go together, or the parts cannot be so joined.
     """
     if len(parts) < 2:
         raise VlmError(f"{name}: a joint takes two encoders or more, got {len(parts)}; add one behind '+'")
@@ -139,7 +145,8 @@ def fused_spec(
             raise VlmError(f"{name}: {word} '{value}' is unknown; use {use}")
     if grid is not None:
         grid = _as_grid(grid, name)
-    tokens = _joint_tokens(name, parts, fuse, grid)
+    _check_fold(name, fold, fuse, resampling)
+    tokens = _joint_tokens(name, parts, fuse, grid, fold=fold)
     largest = max(parts, key=lambda part: math.prod(part.image_size))
     counts = [part.parameters for part in parts]
     licences = dict.fromkeys(part.licence for part in parts)
@@ -170,6 +177,7 @@ def fused_spec(
         fuse=fuse,
         grid=grid,
         resampling=resampling,
+        fold=fold,
     )
 
 
@@ -181,7 +189,7 @@ def explain(name: str) -> FusedSpec:
         VlmError: the name cannot be read, or the parts do not fit each other.
     """
     joint = parse_joint(name)
-    options = own_options(joint, name, ("fuse", "grid", "resampling"))
+    options = own_options(joint, name, ("fuse", "grid", "resampling", "fold"))
     return fused_spec([part_spec(part) for part in joint.parts], name, **options)
 
 
@@ -192,14 +200,30 @@ def _as_grid(grid: object, name: str) -> Grid:
     return pair
 
 
-def _joint_tokens(name: str, parts: Sequence[EncoderSpec], fuse: Fuse, grid: Grid | None) -> TokenSpec:
+def _check_fold(name: str, fold: object, fuse: Fuse, resampling: str | None) -> None:
+    if not isinstance(fold, bool):
+        raise VlmError(f"{name}: fold={fold} is not understood; give true or false")
+    if fold and fuse != "channel":
+        raise VlmError(f"{name}: fold joins windows by channel and fuse is {fuse}; use fuse=channel, or leave fold out")
+    if fold and resampling is not None:
+        raise VlmError(
+            f"{name}: fold stands in place of resampling, got resampling={resampling}; leave one of them out"
+        )
+
+
+def _joint_tokens(
+    name: str, parts: Sequence[EncoderSpec], fuse: Fuse, grid: Grid | None, *, fold: bool = False
+) -> TokenSpec:
     own = [part.token_spec() for part in parts]
-    lacking = [part.name for part, tokens in zip(parts, own, strict=True) if tokens.grid is None]
+    pairs = list(zip(parts, own, strict=True))
+    lacking = [part.name for part, tokens in pairs if tokens.grid is None]
     if lacking and (fuse == "channel" or grid is not None):
         raise TokenShapeError(f"{name}: the tokens of '{lacking[0]}' have no grid; use fuse=sequence without grid=")
     if fuse == "channel":
         goal = grid or own[0].grid or (1, 1)
-        return TokenSpec(math.prod(goal), sum(tokens.dim for tokens in own), goal)
+        windows = [_window_side(name, part.name, tokens.grid or goal, goal) if fold else 1 for part, tokens in pairs]
+        dims = (tokens.dim * side**2 for tokens, side in zip(own, windows, strict=True))
+        return TokenSpec(math.prod(goal), sum(dims), goal)
     widths = [tokens.dim for tokens in own]
     if len(set(widths)) > 1:
         raise TokenShapeError(f"{name}: {fuse} needs one width, the parts have {widths}; use fuse=channel")
@@ -208,3 +232,14 @@ def _joint_tokens(name: str, parts: Sequence[EncoderSpec], fuse: Fuse, grid: Gri
         grids = ", ".join("none" if tokens.grid is None else f"{tokens.grid[0]}x{tokens.grid[1]}" for tokens in own)
         raise TokenShapeError(f"{name}: interleave needs one grid, the parts have {grids}; give grid=ROWSxCOLUMNS")
     return TokenSpec(sum(counts), widths[0])
+
+
+def _window_side(name: str, part: str, grid: Grid, goal: Grid) -> int:
+    """Give the side of the square windows, tokens, that bring a part's grid to the goal."""
+    side = grid[0] // goal[0]
+    if side < 1 or grid != (goal[0] * side, goal[1] * side):
+        raise TokenShapeError(
+            f"{name}: the {grid[0]}x{grid[1]} grid of '{part}' does not fold to {goal[0]}x{goal[1]} by square "
+            "windows; give the part another image_size, the joint another grid=, or leave fold out"
+        )
+    return side

@@ -2,6 +2,7 @@
 
     fused:A+B                      two parts or more, parted by "+"
     fused[fuse=interleave]:A+B     options of the joint, in brackets behind its word
+    fused[fold=true]:A+B           finer grids folded into wider tokens of the first one's grid
     fused:A[image_size=448]+B      options of a part, in brackets behind its name
     multiscale[scales=1/2/3]:A     one network at several scales
     fused:(multiscale:A)+(hf:x+y)  a part in parentheses: its text is one whole name
