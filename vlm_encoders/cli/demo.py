@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import typer
 
 from connectors.errors import VlmError
 from vlm_encoders.cli.budget import print_budgets, print_released
+from vlm_encoders.cli.claim import claim_folder
 from vlm_encoders.cli.console import print_table, quiet_libraries
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def demo(
 ) -> None:
     """Show the whole way in minutes: budgets, Stage 1, accuracy, a saved model that answers."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    _claim(output)
+    claim_folder(output, "demo", ("data", "train", "model"))
     started = time.monotonic()
     quiet_libraries()
     _title("1. What a picture costs the LLM")
@@ -51,20 +51,6 @@ def demo(
     _title("5. A fresh process loads the saved model and answers about a picture file")
     _ask_in_fresh_process(output)
     typer.echo(f"\nThe whole way took {time.monotonic() - started:.0f} s; all of it is in {output}.\n\n{NEXT}")
-
-
-def _claim(output: Path) -> None:
-    """Empty the folder of an earlier demo; any other folder that holds something is left alone."""
-    mark = output / "demo.txt"
-    if output.exists() and not mark.is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise VlmError(f"'{output}' holds something that is not an earlier demo's; give a new folder by --output")
-    for name in ("data", "train", "model"):
-        shutil.rmtree(output / name, ignore_errors=True)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        mark.write_text("written by vlm-encoders demo, which empties this folder when it runs again\n")
-    except OSError as error:
-        raise VlmError(f"'{output}' cannot be written: {error.strerror}; give another folder by --output") from error
 
 
 def _title(text: str) -> None:

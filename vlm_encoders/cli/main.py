@@ -10,6 +10,7 @@ import typer
 
 from connectors.errors import VlmError
 from vlm_encoders.cli.budget import budget
+from vlm_encoders.cli.compare import compare
 from vlm_encoders.cli.demo import demo
 from vlm_encoders.cli.encode import encode
 from vlm_encoders.cli.generate import generate
@@ -32,6 +33,7 @@ app.command("list")(list_names)
 app.command("info")(info)
 app.command("encode")(encode)
 app.command("budget")(budget)
+app.command("compare")(compare)
 app.command("train")(train)
 app.command("generate")(generate)
 

@@ -9,6 +9,7 @@ import typer
 
 from connectors.errors import UnknownNameError, VlmError
 from vlm_encoders.cli.console import quiet_libraries
+from vlm_encoders.cli.settings import build_parts, check_files
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -64,7 +65,7 @@ def train(
     settings = _settings(config, {key: value for key, value in given.items() if value is not None})
     _check(settings, resume=resume)
     processes = join_processes(cpu=settings.cpu)
-    built, processor = _parts(settings)
+    built, processor = build_parts(settings)
     result = _run(settings, built, processor, processes, resume=resume)
     if processes.is_main_process:
         _finish(Path(settings.output) / "model", built, processor, result)
@@ -93,49 +94,15 @@ def _settings(path: Path | None, given: dict[str, Any]) -> TrainConfig:
 def _check(settings: TrainConfig, *, resume: bool) -> None:
     """Refuse what no run can use, before anything large is loaded."""
     from connectors.registry import nearest
-    from vlm_encoders.training.check import check_data
     from vlm_encoders.training.progress import make_output
     from vlm_encoders.training.state import checkpoint_to_resume
     from vlm_encoders.vlm.stages import STAGES
 
     if settings.stage not in STAGES:
         raise UnknownNameError(f"no stage '{settings.stage}'; {nearest(settings.stage, list(STAGES))}")
-    if not Path(settings.image_folder).is_dir():
-        raise VlmError(
-            f"the image folder '{settings.image_folder}' is no folder; give the one that image paths start from"
-        )
-    for data in filter(None, (settings.data, settings.eval_data)):
-        check_data(data, settings.image_folder).raise_on_problems()
+    check_files(settings)
     checkpoint_to_resume(Path(settings.output), resume=resume)
     make_output(Path(settings.output))
-
-
-def _parts(settings: TrainConfig) -> tuple[VisionLanguageModel, VLMProcessor]:
-    import torch
-
-    from vlm_encoders.tiny import llm_folder
-    from vlm_encoders.vlm.build import build_model
-    from vlm_encoders.vlm.checkpoint import load_model
-    from vlm_encoders.vlm.processor import VLMProcessor
-
-    # What is new starts from random weights, and a run of the same seed must have the same ones.
-    torch.manual_seed(settings.seed)
-    if settings.model is not None:
-        model = load_model(Path(settings.model))
-        processor = VLMProcessor.from_pretrained(settings.model, model)
-        if settings.max_length is not None:
-            processor.max_length = settings.max_length
-        return model, processor
-    if settings.encoder is None or settings.connector is None or settings.llm is None:
-        raise VlmError("training needs --encoder, --connector and --llm, or --model with a saved model")
-    return build_model(
-        settings.encoder,
-        settings.connector,
-        llm_folder() if settings.llm == "tiny" else settings.llm,
-        tiler=settings.tiler,
-        dtype=getattr(torch, settings.dtype),
-        max_length=settings.max_length,
-    )
 
 
 def _run(
