@@ -20,7 +20,7 @@ test: $(STAMP)
 	$(BIN)/lint-imports --no-cache
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-# Every name of timm, open_clip and transformers through the contract; most of an hour on two cores.
+# Every name of timm, open_clip and transformers through the contract; about 45 minutes on two cores.
 conformance: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python docs/conformance.py
 

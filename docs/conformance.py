@@ -2,8 +2,8 @@
 
 python docs/conformance.py [--sample 40] [--only timm|open_clip|transformers] [--jobs 2] [--resume]
 
-Each encoder is built without memory on the meta device, so its size does not matter. The whole run takes half
-an hour on two cores and writes docs/conformance.md; a sample writes nothing. Outcomes are kept in
+Each encoder is built without memory on the meta device, so its size does not matter. The whole run takes about
+45 minutes on two cores and writes docs/conformance.md; a sample writes nothing. Outcomes are kept in
 runs/conformance.jsonl, from which `--resume` goes on.
 """
 

@@ -1,7 +1,7 @@
 """The registry: exact names, no silent duplicates, plugins by entry points."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -149,20 +149,22 @@ function = len
 
 
 @pytest.fixture
-def plugin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+def plugin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
     """Install entry points of `vlm_encoders.connectors`, undone after the test."""
+    before = set(CONNECTORS.names())
 
     def make(**points: str) -> None:
         (tmp_path / "a_plugin.py").write_text(PLUGIN)
         monkeypatch.syspath_prepend(str(tmp_path))
         monkeypatch.delitem(sys.modules, "a_plugin", raising=False)
-        for table in ("_things", "_origin"):
-            monkeypatch.setattr(CONNECTORS, table, dict(getattr(CONNECTORS, table)))
         monkeypatch.setattr(CONNECTORS, "_plugins_loaded", False)
         found = [EntryPoint(name, value, "vlm_encoders.connectors") for name, value in points.items()]
         monkeypatch.setattr(registry_module, "entry_points", lambda group: found if group == CONNECTORS.group else [])
 
-    return make
+    yield make
+    # Not the whole tables: a built-in module that the test imported first registers itself only once.
+    for name in {*CONNECTORS._things} - before:
+        del CONNECTORS._things[name], CONNECTORS._origin[name]
 
 
 def test_a_connector_plugin_touches_no_file_of_ours(plugin: Callable[..., None]) -> None:

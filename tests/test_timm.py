@@ -11,7 +11,7 @@ from torch import nn
 
 from connectors.errors import UnknownNameError, VlmError
 from vlm_encoders.encoders.timm_backend import explain, timm_names
-from vlm_encoders.encoders.trim import drop_parameters, idle_parameters, park_parameters, trace_parameters
+from vlm_encoders.encoders.trim import drop_parameters, park_parameters, trace_parameters
 from vlm_encoders.registry import create_encoder, encoder_spec
 from vlm_encoders.spec import EncoderSpec, Stage
 from vlm_encoders.testing import check_encoder
@@ -192,8 +192,6 @@ def test_idle_weights_are_found_and_taken_away() -> None:
     middle, end = network(torch.ones(1, 2))
     added = trace_parameters(network, [(middle, None), (end,)])
     assert [sorted(names) for names in added] == [["first.bias", "first.weight"], ["last.bias", "last.weight"]]
-    idle = idle_parameters(network, lambda: network(torch.ones(1, 2))[1])
-    assert idle == ["loose", "vain.weight", "vain.bias", "still.weight", "still.bias"]
     park_parameters(network, ["vain.weight", "vain.bias"])
     drop_parameters(network, ["still.weight", "still.bias", "loose"])
     assert [name for name, _ in network.named_parameters()] == [

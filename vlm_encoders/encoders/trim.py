@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["drop_parameters", "idle_parameters", "park_parameters", "trace_parameters"]
+__all__ = ["drop_parameters", "park_parameters", "trace_parameters"]
 
 
 def trace_parameters(network: nn.Module, outputs: Sequence[Iterable[Tensor | None]]) -> list[list[str]]:
@@ -20,20 +20,6 @@ def trace_parameters(network: nn.Module, outputs: Sequence[Iterable[Tensor | Non
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     seen: set[Any] = set()
     return [[names[found] for found in _leaves(output, seen) if found in names] for output in outputs]
-
-
-def idle_parameters(network: nn.Module, run: Callable[[], Tensor]) -> list[str]:
-    """Name the parameters that get no gradient from what `run` gives.
-
-    Args:
-        network: best built on the meta device, where nothing is computed.
-        run: gives everything that is used of the network, as one tensor.
-    """
-    network.zero_grad(set_to_none=True)
-    run().sum().backward()
-    idle = [name for name, parameter in network.named_parameters() if parameter.grad is None]
-    network.zero_grad(set_to_none=True)
-    return idle
 
 
 def drop_parameters(network: nn.Module, names: Collection[str]) -> None:
