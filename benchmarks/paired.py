@@ -6,6 +6,7 @@ ratios is what a noisy machine cannot fake. Memory is measured with one process 
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import subprocess
@@ -16,7 +17,11 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["added_memory", "describe_machine", "measure", "memory_in_fresh_process", "table"]
+# Python looks in a script's own folder first, where `connectors.py` would pass for the package of that name.
+if Path(sys.path[0]).resolve() == Path(__file__).parent.resolve():
+    sys.path.append(sys.path.pop(0))
+
+__all__ = ["added_memory", "describe_machine", "measure", "memory_in_fresh_process", "table", "tensor_memory"]
 
 
 def measure(variants: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
@@ -66,6 +71,27 @@ def added_memory(work: Callable[[], object], device: str) -> int:
     work()
     work()
     return _status("VmHWM") - held
+
+
+def tensor_memory(work: Callable[[], object], device: str) -> int:
+    """Give the peak bytes of the tensors that one call of `work` makes, its result among them.
+
+    Unlike resident memory this is exact, and blind to what the math libraries take beside it.
+    """
+    work()
+    if device != "cpu":
+        return added_memory(work, device)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    live = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
 
 
 def memory_in_fresh_process(name: str) -> int:
