@@ -1,13 +1,31 @@
 """Write the README's generated parts again: `python docs/update_readme.py`; the tests hold them to be current.
 
-`docs/demo-output.txt` is what `vlm-encoders demo` printed; benchmark results are quoted from `benchmarks/README.md`.
+`docs/demo-output.txt` and `docs/compare-output.txt` are what `vlm-encoders demo` and `compare` printed; benchmark
+results are quoted from `benchmarks/README.md`.
+Figures of connectors are measured from the connectors themselves. `python docs/update_readme.py --keys` adds new ones
+to `tests/data/connector_keys.json` too, the keys that checkpoints hold; those that stand there are left as they are.
 """
 
+import json
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from connectors import TokenSpec, build_connector, list_connectors
+from connectors.activations import ACTIVATIONS
+from connectors.blocks import ON_ODD
+from connectors.norms import NORMS
+from connectors.released import released_layouts
+from connectors.resize import RESIZE_MODES
 from vlm_encoders import encoder_spec, list_encoders
+from vlm_encoders.cli.console import count
+from vlm_encoders.report.connector_card import ConnectorCard, connector_card
+from vlm_encoders.report.connector_examples import ENCODER, LLM_DIM, VIEW, connector_example
+from vlm_encoders.report.connector_figure import draw_connector
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,6 +75,110 @@ def all_encoders() -> str:
     return "\n".join(lines) + "\n"
 
 
+def connectors() -> str:
+    """Write one row a connector: what its example costs; names lead to the page."""
+    lines = [
+        "| connector | for example | tokens | parameters | FLOPs | of mlp's |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    mlp = connector_card("mlp")
+    for name in list_connectors():
+        card = connector_card(name)
+        of_mlp = f"{card.flops / mlp.flops:.2f}"
+        numbers = (str(card.out.num_tokens), count(card.parameters), count(card.flops), of_mlp)
+        cells = (f"[{name}](docs/connectors.md#{name})", f"`{card.example.recipe}`", *numbers)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def connector_page() -> str:
+    """Write the page with every connector."""
+    cards = [connector_card(name) for name in list_connectors()]
+    other = [f"`{card.name}` takes a view of {_view(card)}." for card in cards if card.example.tokens != VIEW]
+    without = [f"`{card.name}`" for card in cards if card.own_parameters == 0]
+    head = _PAGE_HEAD.format(
+        table=connectors().replace("docs/connectors.md#", "#"),
+        other="\n".join(other),
+        without=", ".join(without),
+        activations=_words(ACTIVATIONS),
+        norms=_words(NORMS),
+        on_odd=_words(ON_ODD),
+        modes=_words(RESIZE_MODES),
+    )
+    return head + "\n".join(map(_connector_section, cards)) + _RELEASED.format(table=released_table())
+
+
+def released_table() -> str:
+    """Write one row a layout of released weights."""
+    lines = ["| layout | models | names as in | asked for | may be told |", "|---|---|---|---|---|"]
+    for name, layout in released_layouts().items():
+        asked = [f"`{key}={hint.usual!r}`" for key, hint in layout.hints.items() if hint.asked]
+        told = [f"`{key}={hint.usual!r}`" for key, hint in layout.hints.items() if not hint.asked]
+        cells = (f"`{name}`", layout.used_by, layout.source, ", ".join(asked), ", ".join(told))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def connector_figures() -> dict[str, str]:
+    """Draw every connector; the file of each below docs/connectors is its name with .svg."""
+    return {name: draw_connector(connector_example(name)) for name in list_connectors()}
+
+
+def connector_keys(known: dict[str, Any]) -> dict[str, Any]:
+    """Add connectors that are not in `known` yet: a small recipe, its tokens, and the state dict's keys and shapes."""
+    found = dict(known)
+    for name in sorted(set(list_connectors()) - known.keys()):
+        example = connector_example(name)
+        spec = example.small_tokens
+        with torch.device("meta"):
+            # Behind it stands linear, so that any width can end the chain.
+            chain = build_connector(f"{example.small}+linear", spec, 8)
+        shapes = {key: list(tensor.shape) for key, tensor in chain.state_dict().items()}
+        found[name] = {"recipe": f"{example.small}+linear", "grid": spec.grid, "dim": spec.dim, "keys": shapes}
+    return dict(sorted(found.items()))
+
+
+def _connector_section(card: ConnectorCard) -> str:
+    spec, example, out = card.example.tokens, card.example, card.out
+    grid = "no grid" if out.grid is None else f"a {out.grid[0]}x{out.grid[1]} grid"
+    own = "none" if card.own_parameters == 0 else f"{card.own_parameters:,}"
+    view = "" if spec == VIEW else f" of {_view(card)}"
+    lines = [
+        f"## {card.name}",
+        "",
+        f"{card.summary}. Choose it {card.cls.choose}.",
+        "",
+        f"![{card.name}: which tokens one token that goes out depends on](connectors/{card.name}.svg)",
+        "",
+        f"- For example `{example.recipe}`{view}: {out.num_tokens} tokens on {grid}, {card.parameters:,} parameters",
+        f"  ({own} in `{card.name}`), {count(card.flops)} FLOPs.",
+        f"- Used by: {card.cls.used_by}." if card.cls.used_by else "- Used by no released model that we know of.",
+        f"- Source: {card.cls.source}.",
+        "",
+        "```python",
+        f'build_connector("{example.recipe}", {_written(spec)}, {LLM_DIM})',
+        "```",
+        "",
+    ]
+    if card.options:
+        lines += ["| option | default | meaning |", "|---|---|---|"]
+        for option in card.options:
+            default = f"`{option.default}`" if option.default else f"({option.kind})"
+            lines.append(f"| `{option.name}` | {default} | {option.meaning} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _view(card: ConnectorCard) -> str:
+    rows, columns = card.example.tokens.grid or (1, card.example.tokens.num_tokens)
+    return f"{card.example.encoder}, {rows}x{columns} tokens of width {card.example.tokens.dim}"
+
+
+def _written(spec: TokenSpec) -> str:
+    prefix = f", {spec.num_prefix}" if spec.num_prefix else ""
+    return f"TokenSpec({spec.num_tokens}, {spec.dim}, {spec.grid}{prefix})"
+
+
 def conformance() -> str:
     """Quote the counts of docs/conformance.md."""
     text = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
@@ -69,6 +191,11 @@ def demo() -> str:
     return "```text\n" + re.sub(r"^step \d+/.*\n", "", text, flags=re.MULTILINE) + "\n```"
 
 
+def compare() -> str:
+    """Quote what the comparison printed."""
+    return "```text\n" + (ROOT / "docs" / "compare-output.txt").read_text(encoding="utf-8").strip() + "\n```"
+
+
 def benchmarks() -> str:
     """Quote the results against what users run today; the benchmarks' own README has the others too."""
     text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
@@ -79,7 +206,7 @@ def benchmarks() -> str:
 
 def updated(readme: str) -> str:
     """Give the README with its generated parts as they should be."""
-    for part in (encoders, demo, benchmarks, conformance):
+    for part in (encoders, demo, benchmarks, conformance, connectors, compare):
         name = part.__name__
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         head, rest = readme.split(begin)
@@ -87,12 +214,75 @@ def updated(readme: str) -> str:
     return readme
 
 
+def _words(known: Iterable[str]) -> str:
+    return ", ".join(f"`{word}`" for word in known)
+
+
 def _range(values: Iterable[int]) -> str:
     found = sorted(set(values))
     return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
+_PAGE_HEAD = f"""# Connectors
+
+Written by `python docs/update_readme.py`: every number and figure is measured from the code. Examples take a view of
+`{ENCODER}` (24x24 tokens of width {VIEW.dim}, {VIEW.num_prefix} prefix token) to an LLM of width {LLM_DIM}, but
+for those named below. Parameters and FLOPs are those of the whole recipe, for one view. A FLOP is one addition or
+multiplication, in float32; matrix products and convolutions are counted, norms and softmax are not. In half precision
+the Q-Formers make keys and values, which float32 spares: 17.4G and 17.7G in place of 12.2G and 12.5G.
+
+{{table}}
+
+{{other}}
+
+## How to choose
+
+- Begin with `mlp`: every token stays, in its place, and the last column compares with it.
+- Tokens are what the LLM pays for. For fewer and wider ones that hold every number, fold them (`pixel_shuffle`, or
+  `patch_merger` with its own MLP); for fewer of one width, pool or convolve (`avg_pool`, `max_pool`, `resize`, `conv`,
+  `pooled_projector`, `ldp`, `ldp_v2`, `c_abstractor`). All of these keep a grid, which layouts of tiles need.
+- `qformer`, `perceiver`, `flamingo` and `instruct_qformer` give as many tokens as they have queries, whatever comes in;
+  `tome` as many as asked for. None of these has a grid.
+- `token_packer` reads several layers of one encoder, `sva` several encoders. With `matryoshka` the number of tokens is
+  chosen when the model runs.
+- `norm`, `position`, `residual` and `keep_prefix` are links that stand with others; CLS and registers reach the LLM
+  only by the last.
+- Without a parameter of their own: {{without}}.
+- A grid that blocks do not divide is refused, with what `on_odd=pad`, `crop` and `resize` would give.
+- `matryoshka` stands at its first level; `connectors.choose_level(model, 4)` chooses another, in a chain or a whole
+  model. Processor and loader count tokens when they are made, so make them anew then.
+
+Words that options take: `activation` {{activations}}; `norm` and `kind` {{norms}}; `on_odd` {{on_odd}}; `mode` of
+`resize` {{modes}}. A default in brackets is a kind: the value follows from the tokens or the LLM.
+
+In the figures one token that goes out is marked. Those that came in are shaded by how much it depends on them: the norm
+of its derivative, at fresh weights, the mean over random tokens, against the strongest. Grey is none. Squares have a
+place on a grid, circles have none; prefix tokens stand above.
+
+"""
+
+_RELEASED = """
+## Released weights
+
+`load_released(state_dict)` recognises these, in a whole checkpoint or in the connector's part, and
+`to_released(chain, layout)` writes them back. What the weights do not tell is asked for, as in
+`load_released(state_dict, heads=12)`; the table has the values of the released models.
+
+{table}
+"""
+
+
 if __name__ == "__main__":
-    (ROOT / "docs" / "encoders.md").write_text(all_encoders(), encoding="utf-8")
+    (ROOT / "docs" / "connectors.md").write_text(connector_page(), encoding="utf-8")
+    for drawn, svg in connector_figures().items():
+        (ROOT / "docs" / "connectors" / f"{drawn}.svg").write_text(svg, encoding="utf-8")
+    if "--keys" in sys.argv:
+        keys = ROOT / "tests" / "data" / "connector_keys.json"
+        text = json.dumps(
+            connector_keys(json.loads(keys.read_text(encoding="utf-8")) if keys.exists() else {}), indent=1
+        )
+        # A shape stays on its line.
+        text = re.sub(r"\[\s+([\d,\s]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
+        keys.write_text(f"{text}\n", encoding="utf-8")
     path = ROOT / "README.md"
     path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -10,6 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from connectors import MLP, list_connectors
+from connectors.base import CONNECTORS
 from connectors.errors import VlmError
 from vlm_encoders.cli.main import app
 
@@ -72,7 +74,37 @@ def test_list_filters_by_pattern_and_family() -> None:
 
 
 def test_list_connectors() -> None:
-    assert {"mlp", "pixel_shuffle", "qformer"} <= set(run("list", "--connectors").split())
+    done = command("list", "--connectors")
+    assert done.returncode == 0, done.stderr
+    header, _, *rows = done.stdout.splitlines()
+    assert header.split() == ["connector", "recipe", "tokens", "grid", "params", "FLOPs", "choose", "it"]
+    assert [row.split()[0] for row in rows] == list_connectors()
+    (shuffle,) = [row for row in rows if row.startswith("pixel_shuffle")]
+    assert shuffle.split()[1:6] == ["pixel_shuffle:factor=2+mlp", "144", "12x12", "33.6M", "9.7G"]
+    # Columns are found by the header, as in any table that is piped.
+    start = header.index("choose it")
+    assert all(CONNECTORS.get(row.split()[0]).choose == row[start:] for row in rows)
+    assert "24x24 tokens of width 1024" in done.stderr
+
+
+def test_list_connectors_filters_by_pattern() -> None:
+    listed = run("list", "--connectors", "*qformer")
+    assert [row.split()[0] for row in listed.splitlines()[2:4]] == ["instruct_qformer", "qformer"]
+    with pytest.raises(VlmError, match=r"no connector matches 'nothing\*'; known are avg_pool, "):
+        run("list", "--connectors", "nothing*")
+
+
+def test_info_prints_the_card_of_a_connector() -> None:
+    card = run("info", "mlp")
+    assert "class:         connectors.mlp.MLP" in card
+    assert "options:       depth=2; activation=gelu; hidden (int); norm=none; bias=true; dim (int)" in card
+    assert "tokens:        576 of width 4096, a grid of 24 rows by 24 columns" in card
+    assert "parameters:    21.0M in all, 21.0M of them in mlp" in card
+    for words in (MLP.source, MLP.used_by, MLP.choose):
+        assert words in card
+    assert "no grid" in run("info", "qformer")
+    with pytest.raises(VlmError, match="'mlp' is a connector; --image-size and --feature-layer are of encoders"):
+        run("info", "mlp", "--image-size", "224")
 
 
 def test_list_without_a_match_names_the_families() -> None:
@@ -103,7 +135,24 @@ def test_budget_as_json_is_whole() -> None:
         (["budget", "--size", "big"], "'big' is no size; write HEIGHTxWIDTH"),
         (["budget", "--connector", "pixelshuffle"], "no connector 'pixelshuffle'; did you mean pixel_shuffle?"),
         (["budget", "--connector", "pixel_shuffle:factor=2"], "ends at width 4096|end it with mlp"),
-        (["info", "clip-vit-l-41"], "no encoder 'clip-vit-l-41'; did you mean clip-vit-l-14"),
+        (["info", "clip-vit-l-41"], "no encoder or connector 'clip-vit-l-41'; did you mean clip-vit-l-14"),
+        (["info", "pixel_shufle"], "no encoder or connector 'pixel_shufle'; did you mean pixel_shuffle"),
+        (["info", "pixel-shuffle"], "no encoder or connector 'pixel-shuffle'; did you mean pixel_shuffle"),
+        (["info", "MLP"], "no encoder or connector 'MLP'; did you mean mlp"),
+        (["info", "zzzz"], "no encoder or connector 'zzzz'; of connectors known are .*; of encoders known are "),
+        (["info", "pixel_shuffle:factor=2+mlp"], "is a connector's recipe; info pixel_shuffle shows its first link, "),
+        (["info", "residual(norm+mlp)"], r"budget --connector 'residual\(norm\+mlp\)' costs it"),
+        (["info", "mpl+linear"], r"'mpl\+linear' is a connector's recipe; budget --connector 'mpl\+linear' costs it"),
+        (["info", "timmy:vit"], "no encoder 'timmy:vit'; a name with a colon begins with one of"),
+        (["info", "fused:clip-vit-l-14+nope"], "no encoder 'nope'"),
+        (
+            ["list", "--connectors", "--family", "clip"],
+            "connectors are not chosen by --family; leave that out, or --connectors",
+        ),
+        (
+            ["list", "--connectors", "--tokens", "9", "--dim", "8", "--licence", "mit"],
+            "--tokens and --dim and --licence",
+        ),
         (["info", "dinov2-vit-s-14", "--image-size", "330"], "330 is not a multiple of 14; use 322 or 336"),
         (["train", "--data", "x.json"], "training needs --image-folder, --output"),
         (["generate", "nowhere", "--prompt", "hi"], "'nowhere' is no model checkpoint"),
@@ -120,7 +169,7 @@ def test_a_mistake_is_told_without_traceback_and_with_a_status() -> None:
     done = command("info", "clip-vit-l-41")
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.startswith("error: no encoder 'clip-vit-l-41'")
+    assert done.stderr.startswith("error: no encoder or connector 'clip-vit-l-41'")
     assert len(done.stderr.splitlines()) == 1
 
 

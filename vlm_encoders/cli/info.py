@@ -1,15 +1,19 @@
-"""`vlm-encoders info`: the card of one encoder."""
+"""`vlm-encoders info`: the card of one encoder or connector."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from connectors.errors import UnknownNameError, VlmError
 from vlm_encoders.cli.console import count
 from vlm_encoders.cli.values import read_layers, read_size
 
 if TYPE_CHECKING:
+    from vlm_encoders.report.connector_card import ConnectorOption
     from vlm_encoders.spec import EncoderSpec, Stage
 
 __all__ = ["info"]
@@ -18,14 +22,25 @@ _SIZES = {"any": "any whose tokens come out whole", "square": "square ones", "na
 
 
 def info(
-    name: Annotated[str, typer.Argument(help="Encoder name, or timm:..., open_clip:..., hf:..., fused:...")],
+    name: Annotated[str, typer.Argument(help="Encoder (timm:..., open_clip:..., hf:..., fused:... too) or connector.")],
     image_size: Annotated[str | None, typer.Option(help="Side or HEIGHTxWIDTH of a view in px.")] = None,
     feature_layer: Annotated[str | None, typer.Option(help="Layer from the end, -1 the last; several: -2,-5.")] = None,
 ) -> None:
-    """Print what is known of an encoder; nothing is downloaded or built."""
+    """Print what is known of an encoder or a connector; nothing is downloaded or built."""
     from vlm_encoders.registry import chosen_spec
 
-    spec = chosen_spec(name, image_size=read_size(image_size), feature_layer=read_layers(feature_layer))
+    if _is_connector(name):
+        if image_size is not None or feature_layer is not None:
+            raise VlmError(f"'{name}' is a connector; --image-size and --feature-layer are of encoders, leave them out")
+        _print(_connector(name))
+        return
+    size, layers = read_size(image_size), read_layers(feature_layer)
+    try:
+        spec = chosen_spec(name, image_size=size, feature_layer=layers)
+    except UnknownNameError as error:
+        if (sentence := _unknown(name)) is None:
+            raise
+        raise UnknownNameError(sentence) from error
     card = {
         "name": spec.name,
         "family": spec.family,
@@ -44,8 +59,68 @@ def info(
         "parameters": _parameters(spec),
         "source": spec.reference or "unknown",
     }
+    _print(card)
+
+
+def _print(card: Mapping[str, str]) -> None:
     for key, value in card.items():
         typer.echo(f"{key + ':':<15}{value}")
+
+
+def _is_connector(name: str) -> bool:
+    """Look among connectors, which import torch, only where no encoder has the name."""
+    from vlm_encoders.registry import list_encoders
+
+    if name in list_encoders() or not name.isidentifier():
+        return False
+    from connectors.base import list_connectors
+
+    return name in list_connectors()
+
+
+def _unknown(name: str) -> str | None:
+    """Say what a name could mean among encoders and connectors; None where it has the form of an encoder's."""
+    from connectors.base import list_connectors
+    from connectors.registry import nearest
+    from vlm_encoders.registry import list_encoders
+
+    connectors, encoders = list_connectors(), list_encoders()
+    first = re.split(r"[:+(]", name)[0]
+    if first != name and (first in connectors or ":" not in name):
+        card = f"info {first} shows its first link, " if first in connectors else ""
+        return f"'{name}' is a connector's recipe; {card}budget --connector '{name}' costs it"
+    if ":" in name or "[" in name:
+        return None
+    close = nearest(name.lower(), [*connectors, *encoders])
+    if not close.startswith("did you mean"):
+        close = f"of connectors {nearest(name, connectors)}; of encoders {nearest(name, encoders)}"
+    return f"no encoder or connector '{name}'; {close}"
+
+
+def _connector(name: str) -> dict[str, str]:
+    from vlm_encoders.report.connector_card import connector_card
+    from vlm_encoders.report.connector_examples import LLM_DIM
+
+    card = connector_card(name)
+    out = card.out
+    grid = "no grid" if out.grid is None else f"a grid of {out.grid[0]} rows by {out.grid[1]} columns"
+    return {
+        "name": card.name,
+        "class": f"{card.cls.__module__}.{card.cls.__qualname__}",
+        "does": card.summary[:1].lower() + card.summary[1:],
+        "choose it": card.cls.choose or "unknown",
+        "used by": card.cls.used_by or "unknown",
+        "source": card.cls.source or "unknown",
+        "options": "; ".join(_option(option) for option in card.options) or "none",
+        "for example": card.example.recipe,
+        "tokens": f"{out.num_tokens} of width {out.dim}, {grid}; from a view of {card.example.encoder}",
+        "parameters": f"{count(card.parameters)} in all, {count(card.own_parameters)} of them in {name}",
+        "FLOPs": f"{count(card.flops)} a view, for an LLM of width {LLM_DIM}",
+    }
+
+
+def _option(option: ConnectorOption) -> str:
+    return f"{option.name}={option.default}" if option.default else f"{option.name} ({option.kind})"
 
 
 def _parameters(spec: EncoderSpec) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from connectors.errors import UnknownNameError
+from connectors.errors import UnknownNameError, VlmError
 from vlm_encoders.cli.console import count, print_table
 from vlm_encoders.cli.values import read_range
 
@@ -26,7 +26,11 @@ def list_names(
     connectors: Annotated[bool, typer.Option("--connectors", help="List connectors instead.")] = False,
 ) -> None:
     """List encoders (or connectors), with what they cost; nothing is downloaded."""
+    asked = {"--family": family, "--tokens": tokens, "--dim": dim, "--licence": licence}
+    given = {option: value for option, value in asked.items() if value is not None}
     if connectors:
+        if given:
+            raise VlmError(f"connectors are not chosen by {' and '.join(given)}; leave that out, or --connectors")
         _list_connectors(pattern)
         return
     from vlm_encoders.registry import encoder_spec, list_encoders
@@ -43,8 +47,6 @@ def list_names(
         and (licence is None or licence.lower() in spec.licence.lower())
     ]
     if not found:
-        asked = {"--family": family, "--tokens": tokens, "--dim": dim, "--licence": licence}
-        given = {option: value for option, value in asked.items() if value is not None}
         words = " ".join(f"{option} {value}" for option, value in given.items())
         hint = _hint(named or everything, given)
         part = f"*{pattern.lower()}*"
@@ -84,8 +86,28 @@ def _hint(specs: list[EncoderSpec], given: Collection[str]) -> str:
 
 def _list_connectors(pattern: str) -> None:
     from connectors.base import list_connectors
+    from vlm_encoders.report.connector_card import connector_card
+    from vlm_encoders.report.connector_examples import ENCODER, LLM_DIM
 
     names = list_connectors(pattern)
     if not names:
         raise UnknownNameError(f"no connector matches '{pattern}'; known are {', '.join(list_connectors())}")
-    typer.echo("\n".join(names))
+    cards = [connector_card(name) for name in names]
+    headers = ("connector", "recipe", "tokens", "grid", "params", "FLOPs", "choose it")
+    rows = [
+        (
+            card.name,
+            card.example.recipe,
+            str(card.out.num_tokens),
+            "" if card.out.grid is None else f"{card.out.grid[0]}x{card.out.grid[1]}",
+            count(card.parameters),
+            count(card.flops),
+            card.cls.choose,
+        )
+        for card in cards
+    ]
+    print_table(headers, rows, right=(2, 4, 5))
+    others = [f"{card.name} of {card.example.encoder}" for card in cards if card.example.encoder != ENCODER]
+    other = f"; {', '.join(others)}" if others else ""
+    # On stderr, so that a pipe gets the table alone.
+    typer.echo(f"for one view of {ENCODER}, 24x24 tokens of width 1024, and an LLM of width {LLM_DIM}{other}", err=True)
