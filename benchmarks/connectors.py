@@ -81,6 +81,7 @@ class Case:
         call: runs it on all tokens of a view, prefix first.
         keys: patterns that make its keys ours.
         transposed: whether it keeps its matrices the other way round.
+        of_map: whether the tokens are a view of a feature map, as a convolutional encoder gives them.
     """
 
     against: str
@@ -91,6 +92,7 @@ class Case:
     call: Callable[[Tensor], Tensor]
     keys: dict[str, str]
     transposed: bool = False
+    of_map: bool = False
 
     def build(self) -> Chain:
         """Make ours around the weights of theirs."""
@@ -184,6 +186,25 @@ def pooled_projector() -> Case:
     keys = {r"^mm_input_projection_weight": "links.0.proj.weight", r"^mm_soft_emb_norm": "links.0.norm"}
     spec = grid_of(64, 64, 1152)
     return Case("Gemma3MultiModalProjector", "pooled_projector", spec, 2560, theirs, theirs, keys, transposed=True)
+
+
+def got_ocr2() -> Case:
+    """GOT-OCR2's, behind SAM, whose tokens are a view of its map."""
+    from transformers.models.got_ocr2.modeling_got_ocr2 import GotOcr2MultiModalProjector
+
+    theirs = GotOcr2MultiModalProjector(configure({"output_channels": 256}, {"hidden_size": 1024}))
+
+    def call(hidden: Tensor) -> Tensor:
+        found: Tensor = theirs(hidden.transpose(1, 2).unflatten(2, (64, 64)))
+        return found
+
+    keys = {
+        r"^conv_upsampler1\.": "links.0.conv.",
+        r"^conv_upsampler2\.": "links.1.conv.",
+        r"^multimodal_projector\.": "links.2.proj.",
+    }
+    recipe = "conv:dim=512+conv:dim=1024+linear"
+    return Case("GotOcr2MultiModalProjector", recipe, grid_of(64, 64, 256), 1024, theirs, call, keys, of_map=True)
 
 
 def patch_merger() -> Case:
@@ -297,6 +318,7 @@ CASES: dict[str, Callable[[], Case]] = {
         resize,
         pooled_projector,
         patch_merger,
+        got_ocr2,
         qformer,
         qformer_eva,
         instruct_qformer,
@@ -320,6 +342,8 @@ def prepare(name: str, options: argparse.Namespace) -> tuple[Case, dict[str, Cal
     ours, spec = case.build(), case.spec
     shape = (options.batch, spec.num_prefix + spec.num_tokens, spec.dim)
     hidden = torch.randn(shape).to(options.device, dtype)
+    if case.of_map:
+        hidden = hidden.transpose(1, 2).contiguous().transpose(1, 2)
     cut = spec.num_prefix
     visual = VisualTokens(hidden[:, cut:], spec.grid, hidden[:, :cut] if cut else None)
     today: Callable[[], Tensor] = torch.no_grad()(lambda: case.call(hidden))
