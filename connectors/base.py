@@ -117,7 +117,7 @@ class Connector(nn.Module, ABC):
         draw.modules(self)
 
     def forward_packed(self, packed: PackedTokens) -> PackedTokens:
-        """Map packed tokens, by default the images of one grid together.
+        """Map packed tokens, by default the images of one grid together; the prefix as `forward` does.
 
         Raises:
             TokenShapeError: the connector cannot take tokens of one of the grids.
@@ -128,8 +128,10 @@ class Connector(nn.Module, ABC):
             places.setdefault(spec, []).append(index)
         found: dict[int, VisualTokens] = {}
         for spec, indices in places.items():
-            out: VisualTokens = self(VisualTokens(torch.cat([images[index].tokens for index in indices]), spec.grid))
-            found |= {index: VisualTokens(out.tokens[row : row + 1], out.grid) for row, index in enumerate(indices)}
+            tokens = torch.cat([images[index].tokens for index in indices])
+            prefix = None if packed.prefix is None else packed.prefix[indices]
+            out = PackedTokens.join([self(VisualTokens(tokens, spec.grid, prefix))])
+            found |= dict(zip(indices, out.split(), strict=True))
         return PackedTokens.join([found[index] for index in range(len(images))])
 
     def require_dim(self, spec: TokenSpec, dim: int) -> None:

@@ -90,7 +90,7 @@ def fit(visual: VisualTokens, factor: int, on_odd: str = "error") -> VisualToken
 
 
 def fit_packed(packed: PackedTokens, factor: int, on_odd: str = "error") -> PackedTokens:
-    """Pad, crop or resize each image as `fit` does; images that need nothing are not touched."""
+    """Pad, crop or resize each image as `fit` does, prefix kept; images that need nothing are not touched."""
     if all(divisible(grid, factor, on_odd) == grid for grid in packed.require_grids()):
         return packed
     return PackedTokens.join([fit(image, factor, on_odd) for image in packed.split()])
@@ -128,7 +128,7 @@ def gather_blocks(packed: PackedTokens, factor: int, on_odd: str = "error") -> t
     """Bring the tokens of each block together, in one pass over all images.
 
     Args:
-        packed: (M, D) tokens.
+        packed: (M, D) tokens; their prefix is the caller's to hand on or drop.
         factor: side of a block, tokens.
         on_odd: one of `ON_ODD`; "resize" costs a pass for each image that it changes.
 

@@ -40,7 +40,8 @@ class TokenWise(Connector):
     def forward_packed(self, packed: PackedTokens) -> PackedTokens:
         """Map (M, in_dim) to (M, out_dim) at once."""
         self.require_dim(TokenSpec(1, packed.tokens.shape[1]), self.in_dim)
-        return packed.with_tokens(self.change(packed.tokens))
+        prefix = None if packed.prefix is None or not self.maps_prefix else self.change(packed.prefix)
+        return packed.with_tokens(self.change(packed.tokens), prefix)
 
     def out_spec(self, spec: TokenSpec) -> TokenSpec:
         """Keep the tokens and their grid, change the width."""
@@ -89,7 +90,8 @@ class Resampler(Connector):
         tokens, real = packed.padded()
         out = self.read(tokens, None if len(set(packed.lengths)) == 1 else real)
         images = len(packed.grids)
-        return PackedTokens(out.flatten(0, 1), [None] * images, [self.num_queries] * images)
+        prefix = packed.prefix if self.hands_prefix else None
+        return PackedTokens(out.flatten(0, 1), [None] * images, [self.num_queries] * images, prefix)
 
     def out_spec(self, spec: TokenSpec) -> TokenSpec:
         """Give the queries, whatever the number of image tokens."""

@@ -70,7 +70,7 @@ class Pool(Connector):
         if self.factor is None:
             return super().forward_packed(packed)
         blocks, real, grids = gather_blocks(packed, self.factor, self.on_odd)
-        return PackedTokens(self.reduce(blocks, real), grids)
+        return PackedTokens(self.reduce(blocks, real), grids, prefix=packed.prefix)
 
     def out_spec(self, spec: TokenSpec) -> TokenSpec:
         """Shrink the grid, keep the width and the prefix."""

@@ -71,7 +71,7 @@ class Position(Connector):
         grids = packed.require_grids()
         tables = {grid: self.table_of(grid) for grid in set(grids)}
         added = torch.cat([tables[grid] for grid in grids]).to(packed.tokens.dtype)
-        return packed.with_tokens(packed.tokens + added)
+        return packed.with_tokens(packed.tokens + added, packed.prefix)
 
     def out_spec(self, spec: TokenSpec) -> TokenSpec:
         """Keep everything."""

@@ -51,7 +51,7 @@ class Residual(Wrapper):
         out = self.inner.forward_packed(packed)
         for came, went in zip(packed.specs, out.specs, strict=True):
             _require_same(came, went)
-        return packed.with_tokens(_add(packed.tokens, out.tokens))
+        return packed.with_tokens(_add(packed.tokens, out.tokens), packed.prefix)
 
     def out_spec(self, spec: TokenSpec) -> TokenSpec:
         """Keep everything.

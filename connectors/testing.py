@@ -6,7 +6,7 @@ A plugin's own test is one line: `check_connector(Mine(1024), TokenSpec(576, 102
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from connectors.base import Connector
 from connectors.chain import Chain, Wrapper
 from connectors.errors import TokenShapeError, VlmError
-from connectors.tokens import Grid, PackedTokens, TokenSpec, VisualTokens
+from connectors.tokens import PackedTokens, TokenSpec, VisualTokens
 
 __all__ = ["check_connector"]
 
@@ -181,23 +181,28 @@ def _rebuild(connector: Connector, spec: TokenSpec) -> Connector:
 
 
 def _check_packed(model: Connector, spec: TokenSpec) -> None:
-    if spec.grid is None:
-        return
-    bare = replace(spec, num_prefix=0)
-    turned = replace(bare, grid=(spec.grid[1], spec.grid[0]))
-    specs = [each for each in (bare, turned, bare) if _takes(model, each)]
-    visuals = [_random_tokens(each, 1, torch.float32, seed) for seed, each in enumerate(specs)]
-    if not visuals:
-        return
-    grids: list[Grid] = [visual.grid for visual in visuals if visual.grid is not None]
-    packed = PackedTokens(torch.cat([visual.tokens[0] for visual in visuals]), grids)
+    turned = spec if spec.grid is None else replace(spec, grid=(spec.grid[1], spec.grid[0]))
+    # Native encoders give CLS and registers too, whatever the spec in hand has.
+    for num_prefix in {0, spec.num_prefix, 2}:
+        specs = [replace(each, num_prefix=num_prefix) for each in (spec, turned, spec)]
+        taken = [each for each in specs if _takes(model, each)]
+        if taken:
+            _check_pack(model, [_random_tokens(each, 1, torch.float32, seed) for seed, each in enumerate(taken)])
+
+
+def _check_pack(model: Connector, visuals: Sequence[VisualTokens]) -> None:
+    clause = "packed equals one at a time"
     with torch.no_grad():
-        parts = model.forward_packed(packed).split()
+        parts = model.forward_packed(PackedTokens.join(visuals)).split()
+        if len(parts) != len(visuals):
+            raise _broken(model, clause, f"{len(visuals)} images came, {len(parts)} went")
         for part, visual in zip(parts, visuals, strict=True):
             alone = _run(model, visual)
-            if alone.grid != part.grid:
-                raise _broken(model, "packed equals one at a time", f"{alone.grid} alone, {part.grid} packed")
-            _require_close(model, "packed equals one at a time", part.tokens, alone.tokens)
+            if alone.spec != part.spec:
+                raise _broken(model, clause, f"{alone.spec} alone, {part.spec} packed")
+            _require_close(model, clause, part.tokens, alone.tokens)
+            if part.prefix is not None and alone.prefix is not None:
+                _require_close(model, clause, part.prefix, alone.prefix)
 
 
 def _takes(model: Connector, spec: TokenSpec) -> bool:

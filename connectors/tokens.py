@@ -127,14 +127,17 @@ class PackedTokens:
         tokens: (M, D), M the tokens of all images together.
         grids: (rows, columns) of each image, in order; None for queries.
         lengths: the number of tokens of each image; needed only where a grid is None.
+        prefix: (I, P, D), the prefix tokens of each of I images, or None.
 
     Raises:
-        TokenShapeError: grids and lengths do not hold M tokens, or a length is missing.
+        TokenShapeError: grids and lengths do not hold M tokens, a length is missing, or the
+            prefix is not that of these images.
     """
 
     tokens: Tensor
     grids: Sequence[Grid | None]
     lengths: Sequence[int] = ()
+    prefix: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Hold the tensor to the grids."""
@@ -149,14 +152,23 @@ class PackedTokens:
             raise TokenShapeError(
                 f"packed tokens of these grids are ({sum(lengths)}, D), got shape {tuple(self.tokens.shape)}"
             )
+        images, dim = len(lengths), self.tokens.shape[1]
+        if self.prefix is not None and (self.prefix.ndim, self.prefix.shape[0], self.prefix.shape[-1]) != (
+            3,
+            images,
+            dim,
+        ):
+            raise TokenShapeError(
+                f"prefix tokens are (I, P, D) = ({images}, P, {dim}), got shape {tuple(self.prefix.shape)}"
+            )
         object.__setattr__(self, "grids", grids)
         object.__setattr__(self, "lengths", lengths)
 
     @property
     def specs(self) -> list[TokenSpec]:
         """The shape of each image."""
-        dim = self.tokens.shape[1]
-        return [TokenSpec(length, dim, grid) for grid, length in zip(self.grids, self.lengths, strict=True)]
+        dim, num_prefix = self.tokens.shape[1], 0 if self.prefix is None else self.prefix.shape[1]
+        return [TokenSpec(length, dim, grid, num_prefix) for grid, length in zip(self.grids, self.lengths, strict=True)]
 
     def require_grids(self) -> list[Grid]:
         """Give the grids back, or refuse a pack in which an image has none.
@@ -168,14 +180,18 @@ class PackedTokens:
             raise TokenShapeError("there is no image among the packed tokens; leave empty packs out")
         return [require_grid(grid) for grid in self.grids]
 
-    def with_tokens(self, tokens: Tensor) -> PackedTokens:
-        """Give other tokens, (M, D'), in the same places."""
-        return PackedTokens(tokens, self.grids, self.lengths)
+    def with_tokens(self, tokens: Tensor, prefix: Tensor | None = None) -> PackedTokens:
+        """Give other tokens, (M, D'), in the same places, with another prefix (I, P', D') or none."""
+        return PackedTokens(tokens, self.grids, self.lengths, prefix)
 
     def split(self) -> list[VisualTokens]:
-        """Give each image's tokens as a batch of one, (1, N, D) with its grid."""
+        """Give each image's tokens as a batch of one, (1, N, D) with its grid and prefix."""
         parts = self.tokens.split(list(self.lengths))
-        return [VisualTokens(part[None], grid) for part, grid in zip(parts, self.grids, strict=True)]
+        prefixes = [None] * len(parts) if self.prefix is None else self.prefix.split(1)
+        return [
+            VisualTokens(part[None], grid, prefix)
+            for part, grid, prefix in zip(parts, self.grids, prefixes, strict=True)
+        ]
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Give the tokens side by side, (I, L, D), and which are real, (I, L); I images, L the longest."""
@@ -192,20 +208,23 @@ class PackedTokens:
         """Pack views of any grids or none, each view an image.
 
         Raises:
-            TokenShapeError: there is no image, a view has prefix tokens, or the widths differ.
+            TokenShapeError: there is no image, or the widths or the numbers of prefix tokens differ.
         """
         from torch import cat
 
         if not images:
             raise TokenShapeError("there is no image among the packed tokens; leave empty packs out")
-        if any(image.prefix is not None for image in images):
-            raise TokenShapeError("packed tokens hold no prefix; leave it out, or join it before by keep_prefix")
+        counts = {image.spec.num_prefix for image in images}
+        if len(counts) > 1:
+            raise TokenShapeError(f"images with {sorted(counts)} prefix tokens cannot be packed; drop the prefix first")
         if len({image.tokens.shape[2] for image in images}) > 1:
             widths = ", ".join(str(image.tokens.shape[2]) for image in images)
             raise TokenShapeError(f"packed tokens have one width, got {widths}; pack them behind one connector")
         grids = [image.grid for image in images for _ in range(len(image.tokens))]
         lengths = [image.tokens.shape[1] for image in images for _ in range(len(image.tokens))]
-        return cls(cat([image.tokens.flatten(0, 1) for image in images]), grids, lengths)
+        prefixes = [image.prefix for image in images if image.prefix is not None and image.spec.num_prefix]
+        tokens = cat([image.tokens.flatten(0, 1) for image in images])
+        return cls(tokens, grids, lengths, cat(prefixes) if prefixes else None)
 
 
 def require_grid(grid: Grid | None) -> Grid:

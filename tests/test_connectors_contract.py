@@ -12,6 +12,7 @@ from connectors import (
     Connector,
     Linear,
     Numbers,
+    PackedTokens,
     TokenShapeError,
     TokenSpec,
     VisualTokens,
@@ -301,6 +302,30 @@ class PacksWrongly(Sound):
         return type(packed)(self.proj(packed.tokens.flip(0)), packed.grids)
 
 
+class HandsThePrefixOn(Sound):
+    def __init__(self, in_dim: int) -> None:
+        super().__init__(in_dim)
+        self.proj = nn.Linear(in_dim, in_dim)
+
+    def forward(self, visual: VisualTokens) -> VisualTokens:
+        return VisualTokens(self.change(visual.tokens), visual.grid, visual.prefix)
+
+    def out_spec(self, spec: TokenSpec) -> TokenSpec:
+        self.require_dim(spec, self.proj.in_features)
+        return spec
+
+
+class PacksThePrefixAway(HandsThePrefixOn):
+    def forward_packed(self, packed: PackedTokens) -> PackedTokens:
+        return packed.with_tokens(self.change(packed.tokens))
+
+
+class PacksThePrefixOfOthers(HandsThePrefixOn):
+    def forward_packed(self, packed: PackedTokens) -> PackedTokens:
+        prefix = None if packed.prefix is None else packed.prefix.flip(0)
+        return packed.with_tokens(self.change(packed.tokens), prefix)
+
+
 BROKEN: list[tuple[Callable[[int], Connector], str]] = [
     (LosesTheGrid, "out_spec states what forward gives"),
     (TakesAnyWidth, "forward takes what out_spec takes"),
@@ -323,6 +348,8 @@ BROKEN: list[tuple[Callable[[int], Connector], str]] = [
     (IgnoresItsSeed, "another seed gives the same weights"),
     (GivesGradientsWithoutEnd, "one that is not finite"),
     (PacksWrongly, "packed equals one at a time"),
+    (PacksThePrefixAway, "packed equals one at a time"),
+    (PacksThePrefixOfOthers, "packed equals one at a time': outputs differ"),
 ]
 
 
@@ -340,6 +367,7 @@ def test_the_links_of_a_broken_chain_are_named() -> None:
 def test_a_sound_plugin_passes() -> None:
     check_connector(Sound(8), OBLONG)
     check_connector(Chain(Sound(8), Sound(4)), OBLONG)
+    check_connector(HandsThePrefixOn(8), OBLONG)
 
 
 @pytest.mark.parametrize(("make", "clause"), BROKEN, ids=[clause for _, clause in BROKEN])

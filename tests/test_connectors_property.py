@@ -161,8 +161,9 @@ def check_forward(chain: Chain, spec: TokenSpec, draw: random.Random) -> bool:
 
 
 def check_packed(chain: Chain, draw: random.Random, dim: int) -> bool:
-    """Hold 2 to 4 packed images to the same images alone; give whether they are taken."""
-    specs = [replace(draw_spec(draw, dim), num_prefix=0) for _ in range(draw.randint(2, 4))]
+    """Hold 2 to 4 packed images, prefix and all, to the same images alone; give whether they are taken."""
+    num_prefix = draw.choice((0, 0, 1, 5))
+    specs = [replace(draw_spec(draw, dim), num_prefix=num_prefix) for _ in range(draw.randint(2, 4))]
     images = [tokens_of(spec, draw, views=1) for spec in specs]
     packed = PackedTokens.join(images)
     if any(stated(chain, spec) is None for spec in specs):
@@ -172,8 +173,9 @@ def check_packed(chain: Chain, draw: random.Random, dim: int) -> bool:
         return False
     for image, part in zip(images, chain.forward_packed(packed).split(), strict=True):
         alone = chain(image)
-        assert part.grid == alone.grid
+        assert part.spec == alone.spec == chain.out_spec(image.spec)
         torch.testing.assert_close(part.tokens, alone.tokens, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(part.prefix, alone.prefix, rtol=1e-5, atol=1e-5)
     return True
 
 

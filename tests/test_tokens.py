@@ -95,7 +95,29 @@ def test_packed_queries_have_lengths_in_place_of_grids() -> None:
     for grids, lengths in (([None, (2, 3)], [4, 5]), ([(2, 3)], [6, 4]), ([(0, 0), (2, 5)], [0, 10])):
         with pytest.raises(TokenShapeError, match=r"do not hold .* tokens; give one length for each image"):
             PackedTokens(tokens, grids, lengths)
-    with pytest.raises(TokenShapeError, match="packed tokens hold no prefix"):
-        PackedTokens.join([VisualTokens(torch.zeros(1, 4, 2), prefix=torch.zeros(1, 1, 2))])
+    bare = VisualTokens(torch.zeros(1, 4, 2))
+    with pytest.raises(TokenShapeError, match=r"images with \[0, 1\] prefix tokens cannot be packed"):
+        PackedTokens.join([bare, VisualTokens(torch.zeros(1, 4, 2), prefix=torch.zeros(1, 1, 2))])
     with pytest.raises(TokenShapeError, match="packed tokens have one width, got 2, 3"):
         PackedTokens.join([VisualTokens(torch.zeros(1, 4, 2)), VisualTokens(torch.zeros(1, 4, 3))])
+
+
+def test_an_empty_prefix_packs_as_none() -> None:
+    bare, empty = VisualTokens(torch.zeros(1, 4, 2)), VisualTokens(torch.zeros(1, 4, 2), prefix=torch.zeros(1, 0, 2))
+    assert PackedTokens.join([bare, empty]).prefix is None
+
+
+def test_packed_prefix_tokens_stay_with_their_images() -> None:
+    images = [
+        VisualTokens(torch.randn(1, 6, 2), (2, 3), torch.randn(1, 5, 2)),
+        VisualTokens(torch.randn(2, 4, 2), None, torch.randn(2, 5, 2)),
+    ]
+    packed = PackedTokens.join(images)
+    assert packed.specs == [images[0].spec, images[1].spec, images[1].spec]
+    prefixes = [part.prefix for part in packed.split()]
+    wanted = [*images[0].prefix.split(1), *images[1].prefix.split(1)]  # type: ignore[union-attr]
+    assert all(torch.equal(one, other) for one, other in zip(prefixes, wanted, strict=True))  # type: ignore[arg-type]
+    for prefix in (torch.zeros(2, 5, 2), torch.zeros(3, 5, 3), torch.zeros(3, 2)):
+        with pytest.raises(TokenShapeError, match=r"prefix tokens are \(I, P, D\) = \(3, P, 2\), got shape"):
+            packed.with_tokens(packed.tokens, prefix)
+    assert packed.with_tokens(packed.tokens).prefix is None
