@@ -11,18 +11,22 @@ import torch
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
-from connectors.errors import TokenShapeError
+from connectors.errors import TokenShapeError, VlmError
 from connectors.tokens import TokenSpec, VisualTokens
 from vlm_encoders.tiling import LLAVA_NEXT_GRIDS, TileLayout, TilePlan, plan_internvl, plan_tiles, whole_image
 
 LLAVA_NEXT = TileLayout(unpad=True, newline=True)
 ALL_LAYOUTS = [TileLayout(unpad=unpad, newline=newline) for unpad in (True, False) for newline in (True, False)]
-EXTREME = [(20, 1527), (1527, 20), (1, 3000), (3000, 1), (352, 836), (836, 352), (672, 672), (336, 336)]
+EXTREME = [(20, 1527), (1527, 20), (1, 3000), (3000, 1), (352, 836), (836, 352), (672, 672), (336, 336), (1, 1)]
+EXTREME += [(20_000, 1), (1, 20_000), (20_000, 20_000), (7, 19_999)]
 
 
 def image_sizes(count: int) -> list[tuple[int, int]]:
+    """Give sizes from 1x1 to 20,000 px: half of them photos, half of any aspect ratio."""
     rng = random.Random(1)
-    return [*EXTREME, *((rng.randint(1, 2500), rng.randint(1, 2500)) for _ in range(count))]
+    photos = [(rng.randint(1, 2500), rng.randint(1, 2500)) for _ in range(count // 2)]
+    others = [(int(20_000 ** rng.random()), int(20_000 ** rng.random())) for _ in range(count - count // 2)]
+    return [*EXTREME, *photos, *others]
 
 
 def numbered(plans: list[TilePlan], grid: tuple[int, int], width: int = 2) -> VisualTokens:
@@ -46,12 +50,13 @@ def transformers_order(visual: VisualTokens, plans: list[TilePlan], newline: tor
     return list(arranged)
 
 
-@pytest.mark.parametrize("side", [4, 3, 1])
-@pytest.mark.parametrize("newline", [True, False])
-def test_order_is_that_of_transformers(side: int, *, newline: bool) -> None:
+@pytest.mark.parametrize(
+    ("side", "newline", "count"), [(4, True, 500), (4, False, 500), (3, True, 10_000), (1, True, 500)]
+)
+def test_order_is_that_of_transformers(side: int, count: int, *, newline: bool) -> None:
     vector = torch.tensor([0.5, -0.5], dtype=torch.float64) if newline else None
     layout = TileLayout(unpad=True, newline=newline)
-    plans = [plan_tiles(size, 12, LLAVA_NEXT_GRIDS) for size in image_sizes(400)]
+    plans = [plan_tiles(size, 12, LLAVA_NEXT_GRIDS) for size in image_sizes(count)]
     visual = numbered(plans, (side, side))
     theirs = transformers_order(visual, plans, vector)
     for plan, ours, expected in zip(plans, layout.arrange(visual, plans, vector), theirs, strict=True):
@@ -76,7 +81,7 @@ def test_counts_are_those_of_the_transformers_processor(side: int, patch: int) -
     processor.patch_size, processor.num_additional_image_tokens = patch, 0
     grid = (side // patch, side // patch)
     spec = TokenSpec(grid[0] * grid[1], 64, grid)
-    for size in image_sizes(6000):
+    for size in image_sizes(10_000):
         ours = LLAVA_NEXT.num_tokens(plan_tiles(size, side, LLAVA_NEXT_GRIDS), spec)
         assert ours == processor._get_number_of_features(*size, side, side), size
 
@@ -164,3 +169,13 @@ def test_newline_vector_is_trained() -> None:
     rows = LLAVA_NEXT.num_tokens(plan, TokenSpec(16, 8, (4, 4))) - 16 - 6 * 8
     assert newline.grad is not None
     assert newline.grad.tolist() == [rows] * 8
+
+
+def test_a_layout_of_another_version_is_told() -> None:
+    whole = {"unpad": True, "newline": True}
+    assert TileLayout.from_config(whole) == TileLayout(**whole)
+    for config in (whole | {"spiral": 1}, {}, whole | {"markers": {"x": 1}}):
+        with pytest.raises(
+            VlmError, match=r"the layout cannot be read .*; update vlm-encoders, or save the model again"
+        ):
+            TileLayout.from_config(config)

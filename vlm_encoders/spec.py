@@ -55,6 +55,7 @@ class EncoderSpec:
         image_size: (height, width) of a view, px.
         trained_size: (height, width) of the weights' position tables, px; None for `image_size`.
         sizes: the views that can be built: "any" whose tokens come out whole, "square", or "native" alone.
+        packs: whether views of many sizes are encoded in one pack, by `Encoder.forward_packed`.
         positions: how places reach the network and are brought to another size, in words.
         stride: pixels of one side of a token.
         rounding: what the network does with pixels that do not fill a token: "floor" leaves
@@ -82,7 +83,8 @@ class EncoderSpec:
         crop_pct: part of the resized sides that is kept, by "crop" and "squash".
         exact_pixels: make pixels bit-equal to the library's Pillow path; otherwise, and
             faster, photographs are at most one level of 255 apart, some drawn patterns under
-            a bicubic filter two in a few places.
+            a bicubic filter two in a few places, and so is about one value in a million of
+            tiles that are as large as the image.
         parameters: weights of the tower with all blocks and without heads; 0 if unknown.
         licence: of the released weights.
         reference: the paper or repository.
@@ -106,6 +108,7 @@ class EncoderSpec:
     revision: str | None = None
     trained_size: Grid | None = None
     sizes: Sizes = "any"
+    packs: bool = False
     positions: str = ""
     rounding: Literal["floor", "ceil"] = "floor"
     block_dim: int | None = None
@@ -135,7 +138,7 @@ class EncoderSpec:
         check_choice(self.name, "resize", self.resize, Resize)
         check_choice(self.name, "interpolation", self.interpolation, Interpolation)
         check_choice(self.name, "sizes", self.sizes, Sizes)
-        for what in ("final_norm", "exact_pixels"):
+        for what in ("final_norm", "exact_pixels", "packs"):
             if not isinstance(getattr(self, what), bool):
                 raise VlmError(f"{self.name}: {what} is True or False, got {getattr(self, what)!r}")
         if not self.prefix_kinds and self.num_prefix:
@@ -183,6 +186,11 @@ class EncoderSpec:
     def pixel_specs(self) -> tuple[EncoderSpec, ...]:
         """The specs by which one view's pixels are made: its own, or those of its parts in order."""
         return (self,)
+
+    @property
+    def side_step(self) -> int:
+        """Pixels that fill the tokens of one more row in every stage that is kept: the step of a view's sides."""
+        return max((stage.stride for stage in self.stages[: self.kept_layers]), default=self.stride)
 
     @property
     def num_pixels(self) -> int:
@@ -267,8 +275,5 @@ class EncoderSpec:
         return height // self.stride, width // self.stride
 
     def _check_size(self, image_size: int | Grid) -> Grid:
-        if self.rounding == "ceil":
-            step = 1
-        else:
-            step = max((stage.stride for stage in self.stages[: self.kept_layers]), default=self.stride)
+        step = 1 if self.rounding == "ceil" else self.side_step
         return fitting_size(self.name, image_size, self.native_size, self.sizes, step)

@@ -2,38 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from connectors.errors import TokenShapeError
-from connectors.tokens import Grid, TokenSpec, VisualTokens
-from vlm_encoders.tiling.plan import Size, TilePlan
+from connectors.errors import TokenShapeError, VlmError
+from connectors.tokens import PackedTokens, TokenSpec, VisualTokens, require_grid
+from vlm_encoders.tiling.joined_map import cap_grid, shown_window
+from vlm_encoders.tiling.markers import Markers
+from vlm_encoders.tiling.plan import TilePlan
+from vlm_encoders.tiling.prompt import Piece, lay_out
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TileLayout"]
+__all__ = ["PageSpecs", "Piece", "TileLayout"]
+
+PageSpecs: TypeAlias = "TokenSpec | Sequence[TokenSpec]"
+"""The tokens of a view as the connector gives them: the same on all pages, or one spec a page."""
 
 
 @dataclass(frozen=True)
 class TileLayout:
     """How the tokens of thumbnail and tiles become one sequence.
 
-    With `unpad` or `newline`, the tiles are joined to one map of the image that is
-    read row by row; with neither, the views follow one another. Prefix tokens are
+    With `unpad`, `newline` or `rows`, the tiles are joined to one map of the image that is
+    read row by row; without, the views follow one another. Prefix tokens are
     left out: the connector `keep_prefix` makes them tokens.
 
     Attributes:
         unpad: drop the rows or columns of tokens that show padding.
         newline: end each row of the joined map, and a whole image, with the
             learned newline vector.
+        rows: read the joined map row by row, with neither of them.
+        cap: tiles whose tokens the joined map may have; a larger one is brought down bilinearly.
+        markers: text between the runs of image tokens.
+        scales: pages of a plan whose maps are joined channel by channel before the connector; 0 where
+            each view goes through it as it is.
+        joined_on: which of these pages the others are averaged or spread to the grid of.
 
-    Source: LLaVA-NeXT's `spatial_unpad` (both), and `flat`, InternVL (neither).
+    Source: LLaVA-NeXT's `spatial_unpad` (unpad and newline), and `flat`, InternVL (neither).
     """
 
     unpad: bool
     newline: bool
+    rows: bool = False
+    cap: int | None = None
+    markers: Markers = field(default_factory=Markers)
+    scales: int = 0
+    joined_on: Literal["first", "last"] = "last"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> TileLayout:
+        """Make the layout whose `config` this is.
+
+        Raises:
+            VlmError: it is none.
+        """
+        try:
+            return cls(**{**config, "markers": Markers(**config.get("markers", {}))})
+        except TypeError as error:
+            raise VlmError(
+                f"the layout cannot be read ({error}); update vlm-encoders, or save the model again"
+            ) from error
+
+    def config(self) -> dict[str, Any]:
+        """Give what `from_config` makes this layout of again; JSON can hold it."""
+        return asdict(self)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether tiles are joined to one map."""
+        return self.unpad or self.newline or self.rows
+
+    def without_rows(self) -> TileLayout:
+        """Give the same layout for tokens that have no rows: view after view."""
+        markers = replace(self.markers, token_row="")
+        return replace(self, unpad=False, newline=False, rows=False, cap=None, markers=markers)
 
     def check(self, spec: TokenSpec) -> None:
         """Refuse tokens without a grid where rows are needed.
@@ -41,36 +86,73 @@ class TileLayout:
         Raises:
             TokenShapeError: the connector gives queries, and the layout wants rows.
         """
-        if spec.grid is None and (self.unpad or self.newline):
+        if spec.grid is None and (self.by_rows or self.markers.token_row):
+            wants = [name for name in ("unpad", "newline", "rows") if getattr(self, name)] or ["marked rows of tokens"]
             raise TokenShapeError(
-                f"{self} needs rows, but the connector gives {spec.num_tokens} queries without a grid; "
-                "use TileLayout(unpad=False, newline=False), which puts tile after tile"
+                f"a layout with {' and '.join(wants)} needs rows, but the connector gives {spec.num_tokens} queries "
+                "without a grid; use TileLayout(unpad=False, newline=False), which puts tile after tile"
             )
 
-    def num_tokens(self, plan: TilePlan, spec: TokenSpec) -> int:
-        """Count the tokens that one image costs the LLM, without computing any.
+    def num_tokens(self, plan: TilePlan, spec: PageSpecs) -> int:
+        """Count the image tokens that one image costs the LLM, without computing any; markers are text.
 
         Args:
             plan: the image's views.
-            spec: the tokens of one view as the connector gives them.
+            spec: the tokens of one view as the connector gives them, or of one view of each page.
 
         Raises:
             TokenShapeError: the tokens have no grid, and the layout wants rows.
         """
-        self.check(spec)
-        if plan.grid is None:
-            return spec.num_tokens + self.newline
-        if spec.grid is None or not (self.unpad or self.newline):
-            return spec.num_tokens * plan.num_views
-        _, _, rows, columns = self._window(plan, spec.grid)
-        thumbnail = 0 if plan.thumbnail is None else spec.num_tokens
-        return thumbnail + rows * (columns + self.newline)
+        plan = self.joined(plan)
+        specs = self._specs(plan, spec)
+        return sum(self._page_length(plan, place, each) for place, each in enumerate(specs))
 
-    def arrange(self, visual: VisualTokens, plans: Sequence[TilePlan], newline: Tensor | None = None) -> list[Tensor]:
+    def pieces(self, plan: TilePlan, spec: PageSpecs) -> list[Piece]:
+        """Lay the prompt of one image out: marker text, and runs of image tokens between.
+
+        Args:
+            plan: the image's views.
+            spec: as in `num_tokens`, which is the sum of the runs.
+
+        Raises:
+            TokenShapeError: the tokens have no grid, and the layout wants rows.
+        """
+        plan = self.joined(plan)
+        specs = self._specs(plan, spec)
+        by_rows = [plan.grid is None or (self.by_rows and each.grid is not None) for each in specs]
+        lengths = [
+            self._page_length(plan, place, each) if rows else None
+            for place, (each, rows) in enumerate(zip(specs, by_rows, strict=True))
+        ]
+        return lay_out(self.markers, plan, specs, lengths)
+
+    def connector_spec(self, spec: TokenSpec) -> TokenSpec:
+        """State the tokens of a view as the connector reads them: as wide as all joined scales, without prefix.
+
+        Raises:
+            TokenShapeError: the encoder's tokens have no grid, and scales are to be joined.
+        """
+        return TokenSpec(spec.num_tokens, spec.dim * self.scales, require_grid(spec.grid)) if self.scales else spec
+
+    def joined(self, plan: TilePlan) -> TilePlan:
+        """Give the plan of what the connector reads: where scales are joined, the page that they are joined on."""
+        if not self.scales or len(plan.pages) == 1:
+            return plan
+        return replace(plan, pages=(plan.pages[0 if self.joined_on == "first" else -1],))
+
+    def gather(self, visual: VisualTokens, plans: Sequence[TilePlan]) -> VisualTokens:
+        """Bring the encoder's tokens (V, N, D) to what the connector reads; see `scales.join_scales`."""
+        from vlm_encoders.tiling.scales import join_scales
+
+        return join_scales(visual, plans, self.scales, self.joined_on) if self.scales else visual
+
+    def arrange(
+        self, visual: VisualTokens | PackedTokens, plans: Sequence[TilePlan], newline: Tensor | None = None
+    ) -> list[Tensor]:
         """Make one sequence (n_i, H) for each image, n_i as `num_tokens` counts.
 
         Args:
-            visual: (V, N, H), the views of all images, image by image.
+            visual: (V, N, H), the views of all images, image by image; packed where views differ.
             plans: the plan of each image.
             newline: (H,), the learned vector, where the layout has newlines.
 
@@ -80,66 +162,27 @@ class TileLayout:
 
         Source: transformers `LlavaNextModel.pack_image_features`.
         """
-        self.check(visual.spec)
-        num_views = sum(plan.num_views for plan in plans)
-        if visual.tokens.shape[0] != num_views:
-            raise TokenShapeError(
-                f"{len(plans)} plans have {num_views} views, got tokens of {visual.tokens.shape[0]}; "
-                "pass the plans that the pixels were cut with"
-            )
-        end = self._row_end(visual, newline)
-        views = visual.tokens.split([plan.num_views for plan in plans])
-        return [self._sequence(tokens, visual.grid, plan, end) for tokens, plan in zip(views, plans, strict=True)]
+        from vlm_encoders.tiling.arrange import arrange_views
 
-    def _row_end(self, visual: VisualTokens, newline: Tensor | None) -> Tensor | None:
-        if not self.newline:
-            return None
-        width = visual.tokens.shape[2]
-        if newline is None or newline.shape != (width,):
-            came = "none" if newline is None else f"shape {tuple(newline.shape)}"
-            raise TokenShapeError(f"{self} needs a newline vector of shape ({width},), got {came}")
-        return newline.to(visual.tokens)
+        return arrange_views(self, visual, plans, newline)
 
-    def _sequence(self, views: Tensor, grid: Grid | None, plan: TilePlan, end: Tensor | None) -> Tensor:
-        import torch
+    def most_tokens(self, tile_tokens: int) -> int | None:
+        """Give the tokens that the joined map of tiles of so many tokens is brought down to; None for no limit."""
+        return None if self.cap is None else self.cap * tile_tokens
 
+    def _specs(self, plan: TilePlan, spec: PageSpecs) -> list[TokenSpec]:
+        specs = [spec] * len(plan.pages) if isinstance(spec, TokenSpec) else list(spec)
+        if len(specs) != len(plan.pages):
+            raise TokenShapeError(f"the plan has {len(plan.pages)} pages, got {len(specs)} token specs; give one each")
+        for each in specs:
+            self.check(each)
+        return specs
+
+    def _page_length(self, plan: TilePlan, place: int, spec: TokenSpec) -> int:
         if plan.grid is None:
-            return views[0] if end is None else torch.cat([views[0], end[None]])
-        if grid is None or not (self.unpad or self.newline):
-            return views.flatten(0, 1)
-        first = plan.thumbnail == "first"
-        tiles, thumbnails = (views[1:], views[:1]) if first else (views[: plan.num_tiles], views[plan.num_tiles :])
-        top, left, rows, columns = self._window(plan, grid)
-        joined = _join(tiles, plan.grid, grid)[top : top + rows, left : left + columns]
-        if end is not None:
-            joined = torch.cat([joined, end.expand(rows, 1, -1)], dim=1)
-        parts = [thumbnails.flatten(0, 1), joined.flatten(0, 1)]
-        return torch.cat(parts if first else parts[::-1])
-
-    def _window(self, plan: TilePlan, grid: Grid) -> tuple[int, int, int, int]:
-        tile_rows, tile_columns = plan.grid or (1, 1)
-        rows, columns = tile_rows * grid[0], tile_columns * grid[1]
-        if not (self.unpad and plan.padded):
-            return 0, 0, rows, columns
-        return _without_padding(plan.image_size, rows, columns)
-
-
-def _join(tiles: Tensor, tile_grid: Grid, grid: Grid) -> Tensor:
-    rows, columns = tile_grid
-    joined = tiles.reshape(rows, columns, grid[0], grid[1], -1).transpose(1, 2)
-    return joined.reshape(rows * grid[0], columns * grid[1], -1)
-
-
-def _without_padding(image_size: Size, rows: int, columns: int) -> tuple[int, int, int, int]:
-    """Give (top, left, rows, columns) of the tokens that show the image.
-
-    Source: transformers `unpad_image`. Its rounding is kept, so an odd number of
-    padding rows leaves one in, and an image far thinner than a token leaves none.
-    """
-    height, width = image_size
-    if width / height > columns / rows:
-        # Seven places mend the float error of 836 * 24 / 352, which is 57 and not 56.999...
-        padding = (rows - int(round(height * (columns / width), 7))) // 2
-        return padding, 0, rows - 2 * padding, columns
-    padding = (columns - int(round(width * (rows / height), 7))) // 2
-    return 0, padding, rows, columns - 2 * padding
+            return spec.num_tokens + self.newline
+        if place != plan.main_place or spec.grid is None or not self.by_rows:
+            return spec.num_tokens * plan.pages[place].num_views
+        window = shown_window(plan, spec.grid, unpad=self.unpad)
+        rows, columns = cap_grid(window.rows, window.columns, self.most_tokens(spec.num_tokens))
+        return rows * (columns + self.newline)
