@@ -189,3 +189,17 @@ def test_pictures_arrays_and_tensors_are_not_written_to() -> None:
             preprocess(form)
             assert np.array_equal(np.asarray(image), array)
             assert torch.equal(tensor.permute(1, 2, 0), torch.from_numpy(array))
+
+
+@pytest.mark.parametrize("kind", ["levels", "black and white", "separable"])
+@pytest.mark.parametrize("goal", [(500, 700), (97, 700), (500, 60), (96, 140)])
+def test_where_bicubic_enlarges_far_pillow_makes_the_first_pass(kind: str, goal: tuple[int, int]) -> None:
+    for seed in range(5):
+        levels = noise((48, 70), kind, seed)
+        made = fast_view(
+            torch.from_numpy(levels), Placement((48, 70), (48, 70), goal, (0, 0), goal), "bicubic", (0, 0, 0)
+        )
+        pillow = np.asarray(Image.fromarray(levels).resize((goal[1], goal[0]), Image.Resampling.BICUBIC))
+        apart = (made.int() - torch.from_numpy(pillow.copy()).int()).abs()
+        far = goal[0] > 2 * 48 or goal[1] > 2 * 70
+        assert apart.max() <= (1 if far else 2)

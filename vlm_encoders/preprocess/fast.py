@@ -8,7 +8,9 @@ What the first pass is off, the second carries on: by one level at most under bi
 weights are positive and sum to 1, by 1.3 under bicubic, whose weights are partly negative.
 So under bilinear Pillow makes the second pass, on what is then a small picture, and adds no
 error of its own. Under bicubic torch makes both, and a level may differ by two, never by
-three, where a whole neighbourhood is off the same way: in patterns drawn by a computer.
+three, where a whole neighbourhood is off the same way: in patterns drawn by a computer, and
+in what is enlarged far. There Pillow makes the first pass, again on what is a small picture,
+and the second is off by one at most.
 """
 
 from __future__ import annotations
@@ -28,12 +30,14 @@ from vlm_encoders.spec import Interpolation
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["fast_view", "is_close"]
+__all__ = ["fast_view", "is_close", "is_near"]
 
 _Resize: TypeAlias = "Callable[[Tensor, tuple[int, int], Interpolation], Tensor]"
 
 _LEAST_SHRINK = 2
 """How many px become one, in each of two bicubic passes, so that two levels of difference stay rare."""
+_MOST_GROWTH = 2
+"""How many px one becomes, at the most, so that torch makes both bicubic passes."""
 _STRIP = 1 << 20
 """Bytes of the canvas that are filled at once (64 lines at least), to stay in the processor's cache."""
 
@@ -58,6 +62,27 @@ def is_close(placement: Placement, interpolation: Interpolation) -> bool:
     return interpolation == "bilinear" or len(pairs) < 2 or all(old >= new * _LEAST_SHRINK for old, new in pairs)
 
 
+def is_near(placement: Placement, interpolation: Interpolation) -> bool:
+    """Say by sizes and filter whether tiles take the fast path, at shrinks where `is_close` would not.
+
+    Tiles are large, and nearly as large as the image, so Pillow would take most of their time. The
+    rule is that torch makes all passes of bicubic, as in the torchvision-backed processors of the
+    libraries, and that bilinear is as everywhere.
+
+    What grows more than twofold has errors that are alike in a whole neighbourhood, so there Pillow
+    makes the first pass: of 10^9 levels none differed by two. Elsewhere, measured under bicubic, two
+    levels differ of photographs 1.4 in a million where an axis grows, 0.4 from a shrink of 1 to 1.5,
+    0.05 to 1.75 and none of 7 x 10^7 above; of noise, letters and drawn shades up to 30 in a million
+    at any shrink, in the worst image 9 in a hundred thousand below 2 and 3 in ten thousand above.
+    Patterns that repeat are worse, as all their places are off alike: of checkerboards of black and
+    white below a shrink of 2 up to one in a hundred. None ever differed by three.
+    """
+    if placement.resized == placement.canvas:
+        return True
+    rows, columns = placement.resized
+    return interpolation in {"bilinear", "bicubic"} and max(rows, placement.canvas[0]) * columns <= MAX_PIXELS
+
+
 def fast_view(levels: Tensor, placement: Placement, interpolation: Interpolation, fill: Colour) -> Tensor:
     """Make the shown part of a view, (rows, columns, 3) levels, of an RGB image (H, W, 3).
 
@@ -65,14 +90,24 @@ def fast_view(levels: Tensor, placement: Placement, interpolation: Interpolation
     that of LLaVA's `expand2square`, of which only a strip is ever made.
     """
     order = (1, 0) if _columns_first(placement.canvas, placement.resized) else (0, 1)
-    resize: _Resize = _by_torch
+    ways = _ways(placement, interpolation)
     for axis in order:
+        # An axis that keeps its length takes no pass.
+        resize = ways.pop(0) if placement.canvas[axis] != placement.resized[axis] else _by_torch
         made = _pass(levels, axis, placement, fill, functools.partial(_resize, axis, placement, interpolation, resize))
         # Of what a pass gave, the part that is not shown is cut away at once.
         levels = made.narrow(axis, placement.start[axis], placement.shown[axis])
-        if interpolation == "bilinear" and placement.canvas[axis] != placement.resized[axis]:
-            resize = _by_pillow
     return levels
+
+
+def _ways(placement: Placement, interpolation: Interpolation) -> list[_Resize]:
+    """Say who makes the first pass and who the second, if there is one."""
+    pairs = [(old, new) for old, new in zip(placement.canvas, placement.resized, strict=True) if old != new]
+    if interpolation == "bilinear":
+        return [_by_torch, _by_pillow]
+    if len(pairs) == 2 and any(new > old * _MOST_GROWTH for old, new in pairs):
+        return [_by_pillow, _by_torch]
+    return [_by_torch, _by_torch]
 
 
 def _pass(levels: Tensor, axis: int, placement: Placement, fill: Colour, resize: Callable[[Tensor], Tensor]) -> Tensor:

@@ -55,7 +55,8 @@ def load_image(image: ImageLike, *, background: tuple[int, int, int] = WHITE) ->
 def load_levels(image: ImageLike, *, by_torch: bool) -> Levels:
     """Give an image in any form as upright RGB, in the form that costs least.
 
-    The levels are those of `load_image`.
+    The levels are those of `load_image`. They are to be read alone: a picture that is upright RGB
+    is given as it is.
 
     Args:
         image: see `ImageLike`.
@@ -64,13 +65,15 @@ def load_levels(image: ImageLike, *, by_torch: bool) -> Levels:
     Raises:
         VlmError: see `load_image`.
     """
-    if by_torch and is_encoded(image):
+    if isinstance(image, Image.Image):
+        return to_rgb(image, "the image", copy=False)
+    if is_encoded(image):
         data, name = _read(image)
         opened = _open(data, name)
         check_pixels((opened.height, opened.width), name)
-        levels = decode_jpeg(opened, data)
-        return to_rgb(opened, name) if levels is None else levels
-    if by_torch and not isinstance(image, Image.Image):
+        levels = decode_jpeg(opened, data) if by_torch else None
+        return to_rgb(opened, name, copy=False) if levels is None else levels
+    if by_torch:
         array = as_array(image)
         return tensor_of(array) if array.shape[2] == 3 else load_image(array)
     return load_image(image)

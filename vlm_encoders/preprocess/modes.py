@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from connectors.errors import VlmError
 from connectors.tokens import Grid
@@ -16,15 +16,29 @@ __all__ = ["WHITE", "check_pixels", "to_rgb"]
 WHITE = (255, 255, 255)
 
 
-def to_rgb(image: Image.Image, name: str, background: tuple[int, int, int] = WHITE) -> Image.Image:
+def to_rgb(
+    image: Image.Image, name: str, background: tuple[int, int, int] = WHITE, *, copy: bool = True
+) -> Image.Image:
     """Decode a picture and give it upright, in RGB, on the background where it is transparent.
+
+    Args:
+        image: in any mode.
+        name: what sentences call it.
+        background: red, green and blue, 0 to 255.
+        copy: give a picture of its own even if the given one is right as it is.
 
     Raises:
         VlmError: it is too large, empty or broken, or its levels have no known scale.
     """
     check_pixels((image.height, image.width), name)
     try:
-        upright = deep_to_rgb(image, name) if is_deep(image) else _flat(ImageOps.exif_transpose(image), background)
+        if is_deep(image):
+            upright = deep_to_rgb(image, name)
+        elif not copy and _is_plain(image):
+            image.load()
+            upright = image
+        else:
+            upright = _flat(ImageOps.exif_transpose(image), background)
         frames = _frames(image)
     except VlmError:
         raise
@@ -52,6 +66,12 @@ def check_pixels(size: Grid, name: str) -> None:
 def _frames(image: Image.Image) -> int:
     # The further pictures of an MPO are the camera's previews or gain maps, no frames.
     return 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """Say whether it is upright RGB already, without transparency."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return image.mode == "RGB" and "transparency" not in image.info and orientation == 1
 
 
 def _flat(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

@@ -11,6 +11,7 @@ from vlm_encoders.preprocess.exact import exact_view
 from vlm_encoders.preprocess.fast import fast_view, is_close
 from vlm_encoders.preprocess.forms import ImageLike, as_list
 from vlm_encoders.preprocess.load import load_levels, picture_of, size_of, tensor_of
+from vlm_encoders.preprocess.normalise import Normaliser
 from vlm_encoders.preprocess.sizes import place
 from vlm_encoders.spec import EncoderSpec
 
@@ -48,13 +49,12 @@ class Preprocessor:
         many = as_list(images)
         if not many:
             raise VlmError("there is no image to preprocess; give one or more")
-        mean, std = (torch.tensor(each).view(3, 1, 1) for each in (self.spec.mean, self.spec.std))
+        normalise = Normaliser(self.spec)
         # SAM pads after it normalises: what is not shown is 0, not black.
         pixels = torch.zeros(len(many), 3, *self.spec.image_size)
         for view, image in zip(pixels, many, strict=True):
             levels = self._levels(image)
-            shown = view[:, : levels.shape[0], : levels.shape[1]]
-            shown.copy_(levels.permute(2, 0, 1)).div_(255).sub_(mean).div_(std)
+            normalise(levels, view[:, : levels.shape[0], : levels.shape[1]])
         return pixels
 
     def _levels(self, image: ImageLike) -> Tensor:
