@@ -211,12 +211,19 @@ def test_naflex_is_normed_as_in_the_library(size: tuple[int, int], tmp_path: Pat
         assert torch.equal(create_encoder(f"hf:{tmp_path}", image_size=size)(pixels).tokens, expected)
 
 
-def test_naflex_resamples_before_the_cast(tmp_path: Path) -> None:
-    whole("naflex", tmp_path)
-    exact = create_encoder(f"hf:{tmp_path}", image_size=(24, 56)).state_dict()
-    half = create_encoder(f"hf:{tmp_path}", image_size=(24, 56), dtype="bfloat16").state_dict()
-    for key, value in exact.items():
-        assert torch.equal(half[key], value.bfloat16()), key
+def test_naflex_resamples_in_float32_as_the_library_on_the_cpu(tmp_path: Path) -> None:
+    from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
+
+    from vlm_encoders.encoders.towers import tower
+
+    model = whole("naflex", tmp_path).bfloat16()
+    for rows, columns in ((3, 7), (5, 5), (4, 1)):
+        encoder: Any = create_encoder(f"hf:{tmp_path}", image_size=(8 * rows, 8 * columns), dtype="bfloat16")
+        pixels = pixels_of((8 * rows, 8 * columns), batch=1).bfloat16()
+        naflex: Any = tower("Siglip2VisionModel")
+        found = naflex.embed(encoder.network, pixels, encoder.spec).hidden
+        expected = model.embeddings(convert_image_to_patches(pixels[0], 8)[None], torch.tensor([[rows, columns]]))
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("kind", QWENS)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from connectors.errors import TokenShapeError, VlmError
-from connectors.tokens import TokenSpec, VisualTokens
+from connectors.tokens import PackedTokens, TokenSpec, VisualTokens
 from vlm_encoders.preprocess import ImageLike
 from vlm_encoders.spec import EncoderSpec, PrefixKind
 from vlm_encoders.view_pixels import ViewPixels
@@ -113,6 +113,75 @@ class Encoder(nn.Module, ABC):
         if visual.spec != self.token_spec:
             raise TokenShapeError(f"{self.spec.name}: its spec says {self.token_spec}, its network gave {visual.spec}")
         return visual
+
+    def forward_packed(self, views: Sequence[Tensor], kept: Sequence[Tensor] | None = None) -> PackedTokens:
+        """Encode views of any sizes together; each attends to itself alone.
+
+        Args:
+            views: pixels (3, H, W) of each, H and W such as `spec.token_spec((H, W))` takes them.
+            kept: for each view the places (n,) of the patch tokens that are encoded, growing, as NaViT
+                drops the others in training; None for all. Tokens that are not all of a view have no grid.
+
+        Raises:
+            TokenShapeError: a view has a size that the encoder does not take.
+            VlmError: the encoder takes views of one size alone, or there is no view.
+        """
+        if not views or (kept is not None and len(kept) != len(views)):
+            raise VlmError(
+                f"{self.spec.name}: there are {len(views)} views and {'no' if kept is None else len(kept)} lists of "
+                "kept tokens; give one view or more, and one list for each"
+            )
+        self.check_views(views)
+        specs = [self.spec.token_spec((view.shape[1], view.shape[2])) for view in views]
+        for number, (spec, places) in enumerate(zip(specs, kept or (), strict=bool(kept))):
+            self._check_places(number, spec, places)
+        packed = self.packed_features(views, kept)
+        wanted = [spec.num_tokens for spec in specs] if kept is None else [len(places) for places in kept]
+        if list(packed.lengths) != wanted:
+            raise TokenShapeError(
+                f"{self.spec.name}: its views have {wanted} tokens, its network gave {packed.lengths}"
+            )
+        return packed
+
+    def packed_features(self, views: Sequence[Tensor], kept: Sequence[Tensor] | None) -> PackedTokens:
+        """Map views (3, H, W) to packed tokens; `forward_packed` checks both ends. Encoders that pack have one."""
+        raise VlmError(
+            f"{self.spec.name}: {type(self).__name__} has no packed_features, so its spec must say packs=False"
+        )
+
+    def check_views(self, views: Sequence[Tensor]) -> None:
+        """Refuse views that `forward_packed` does not take.
+
+        Raises:
+            TokenShapeError: one is no tensor of pixels (3, H, W).
+            VlmError: the encoder takes views of one size alone.
+        """
+        if not self.spec.packs:
+            raise VlmError(
+                f"{self.spec.name}: it encodes views of one size, {self._size}; use a tiler that cuts such "
+                "views, or an encoder of native resolution with torch's own attention, such as siglip2-naflex-b-16"
+            )
+        for view in views:
+            if not isinstance(view, Tensor) or view.ndim != 3 or view.shape[0] != 3 or not view.is_floating_point():
+                came = f"{view.dtype} of shape {tuple(view.shape)}" if isinstance(view, Tensor) else type(view).__name__
+                raise TokenShapeError(f"{self.spec.name}: a view's pixels are normalised floats (3, H, W), got {came}")
+
+    def _check_places(self, number: int, spec: TokenSpec, places: Tensor) -> None:
+        """Refuse places that are not those of a view's tokens, which would reach into another view's."""
+        whole = isinstance(places, Tensor) and places.ndim == 1 and len(places) > 0
+        if whole and places.dtype in {torch.int64, torch.int32}:
+            inside = int(places[0]) >= 0 and int(places[-1]) < spec.num_tokens
+            if inside and bool((places[1:] > places[:-1]).all()):
+                return
+        raise VlmError(
+            f"{self.spec.name}: the kept tokens of view {number} are to be growing places (n,) from 0 to "
+            f"{spec.num_tokens - 1}, whole numbers in a tensor, got {places!r}; sort them, without doubles"
+        )
+
+    @property
+    def _size(self) -> str:
+        height, width = self.spec.image_size
+        return f"{height}x{width} px"
 
     def encode(self, images: ImageLike | Sequence[ImageLike]) -> VisualTokens:
         """Encode one image or several to tokens (B, N, D), without tracking gradients.

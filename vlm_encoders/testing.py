@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from connectors.errors import UnknownNameError, VlmError
 from connectors.registry import nearest
@@ -49,7 +49,8 @@ def check_encoder(name: str, *, device: str = "meta", **options: Any) -> None:
 
     Tokens match the spec in number, width, grid and prefix, at the given batch; no
     block behind the feature layer is kept; `forward` lets gradients through to every
-    parameter, none of which is idle, and `encode` tracks none.
+    parameter, none of which is idle, and `encode` tracks none. Where the spec says that views of
+    many sizes are packed, the same holds for a pack of three.
 
     Args:
         name: as `create_encoder` takes it.
@@ -67,6 +68,9 @@ def check_encoder(name: str, *, device: str = "meta", **options: Any) -> None:
     visual = encoder(pixels)
     _check_tokens(encoder, visual, batch=2)
     _check_gradients(encoder, visual)
+    # Packs are refused, rather than slow, where attention is not torch's own.
+    if spec.packs and dict(spec.options).get("attn_implementation", "sdpa") == "sdpa":
+        _check_packed(encoder, pixels)
     encoded = encoder.encode([Image.new("RGB", (50, 40), (200, 30, 90))])
     _check_tokens(encoder, encoded, batch=1)
     _require(not encoded.tokens.requires_grad, f"{name}: encode tracks gradients; leave encode to the base class")
@@ -105,6 +109,21 @@ def _check_tokens(encoder: Encoder, visual: VisualTokens, batch: int) -> None:
     name, expected = encoder.spec.name, encoder.token_spec
     _require(visual.spec == expected, f"{name}: the spec says {expected}, the tokens are {visual.spec}")
     _require(len(visual.tokens) == batch, f"{name}: {batch} views in, {len(visual.tokens)} out")
+
+
+def _check_packed(encoder: Encoder, pixels: Tensor) -> None:
+    """Hold a pack of three views to the contract."""
+    spec = encoder.spec
+    # Four tokens fill the blocks and windows by which some networks order them.
+    side = 4 * max((stage.stride for stage in spec.stages), default=spec.stride)
+    sizes = ((side, 2 * side), (side, side), (side, 2 * side))
+    encoder.zero_grad()
+    packed = encoder.forward_packed([pixels.new_zeros(3, *size) for size in sizes])
+    for size, visual in zip(sizes, packed.split(), strict=True):
+        expected = spec.token_spec(size)
+        _require(visual.spec == expected, f"{spec.name}: at {size} px in a pack it gives {visual.spec}, not {expected}")
+    prefix = None if packed.prefix is None else packed.prefix.flatten(0, 1)[None]
+    _check_gradients(encoder, VisualTokens(packed.tokens[None], prefix=prefix))
 
 
 def _check_gradients(encoder: Encoder, visual: VisualTokens) -> None:

@@ -64,6 +64,7 @@ SPECS = (
         name="aimv2-l-14-native",
         weights="apple/aimv2-large-patch14-native",
         sizes="any",
+        packs=True,
         positions="sines of the rows and columns, in the parameters' dtype",
         parameters=308_935_680,
         options=(("is_native", True),),

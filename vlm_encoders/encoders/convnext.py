@@ -21,6 +21,7 @@ _IMAGENET = EncoderSpec(
     weights="timm/convnext_tiny.fb_in22k",
     image_size=(224, 224),
     positions="convolutions alone",
+    packs=True,
     stride=32,
     dim=768,
     stages=tuple(Stage(96 << place, 4 << place) for place in range(4)),

@@ -25,6 +25,7 @@ _SMALL = EncoderSpec(
     image_size=(224, 224),
     trained_size=(518, 518),
     positions=BICUBIC,
+    packs=True,
     stride=14,
     dim=384,
     heads=6,

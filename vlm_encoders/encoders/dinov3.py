@@ -23,6 +23,7 @@ _SMALL = EncoderSpec(
     weights="facebook/dinov3-vits16-pretrain-lvd1689m",
     image_size=(224, 224),
     positions="rotary angles of the patches' centres, from -1 to 1 along each side, in float32",
+    packs=True,
     stride=16,
     dim=384,
     heads=6,

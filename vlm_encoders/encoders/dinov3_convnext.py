@@ -21,6 +21,7 @@ def _row(size: str, parameters: int) -> EncoderSpec:
         weights=f"facebook/dinov3-convnext-{size}-pretrain-lvd1689m",
         image_size=(224, 224),
         positions="none: convolutions alone",
+        packs=True,
         stride=32,
         dim=widths[-1],
         block_dim=width,

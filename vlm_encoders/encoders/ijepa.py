@@ -44,6 +44,7 @@ _TIPS = EncoderSpec(
     weights="google/tipsv2-b14",
     image_size=(448, 448),
     positions="a learned table, resampled bilinearly in float32 with antialiasing",
+    packs=True,
     stride=14,
     dim=768,
     heads=12,

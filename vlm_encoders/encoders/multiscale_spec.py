@@ -143,6 +143,7 @@ def _mirrored(part: EncoderSpec, scales: tuple[int, ...], name: str) -> dict[str
         "dim": part.dim * len(scales),
         "block_dim": part.width,
         "stride": part.stride * most // scales[0],
+        "packs": False,
         "num_prefix": 0,
         "prefix_kinds": (),
         "reference": "https://arxiv.org/abs/2403.13043",

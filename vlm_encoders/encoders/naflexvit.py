@@ -19,6 +19,7 @@ _BASE = EncoderSpec(
     weights="timm/naflexvit_base_patch16_gap.e300_s576_in1k",
     image_size=(384, 384),
     positions="a learned table, brought to each view's grid in the forward pass, bicubic and antialiased, in float32",
+    packs=True,
     stride=16,
     dim=768,
     heads=12,

@@ -17,6 +17,7 @@ SPECS = (
         weights="mistral-community/pixtral-12b",
         image_size=(1024, 1024),
         positions=ROTARY,
+        packs=True,
         stride=16,
         dim=1024,
         heads=16,

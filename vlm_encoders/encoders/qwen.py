@@ -25,6 +25,7 @@ _QWEN2 = EncoderSpec(
     weights="Qwen/Qwen2-VL-7B-Instruct",
     image_size=(448, 448),
     positions=ROTARY,
+    packs=True,
     stride=14,
     dim=1280,
     heads=16,

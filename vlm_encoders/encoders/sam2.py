@@ -30,6 +30,7 @@ def _row(size: str, width: int, heads: int, parameters: int, **trunk: Any) -> En
         weights=f"facebook/sam2.1-hiera-{size}",
         image_size=(1024, 1024),
         positions=POSITIONS,
+        packs=True,
         stride=16,
         dim=256,
         block_dim=width,

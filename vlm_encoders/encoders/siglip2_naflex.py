@@ -17,6 +17,7 @@ _BASE = EncoderSpec(
     weights="google/siglip2-base-patch16-naflex",
     image_size=(256, 256),
     positions=POSITIONS,
+    packs=True,
     stride=16,
     dim=768,
     heads=12,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from connectors.tokens import VisualTokens
+from connectors.tokens import PackedTokens, VisualTokens
 from vlm_encoders.encoder import Encoder
 from vlm_encoders.encoders.timm_explain import explain, timm_names
 from vlm_encoders.encoders.timm_network import read_arguments, read_layers
+from vlm_encoders.encoders.timm_pack import read_by_size, read_packed, reads_sequences
 from vlm_encoders.encoders.timm_plan import Plan, kept_network, plan_network
 from vlm_encoders.encoders.timm_weights import load_weights, read_weights
 from vlm_encoders.resample import join_channels
@@ -51,6 +53,12 @@ class TimmEncoder(Encoder):
         plan = self._plan
         found = read_layers(self.network, pixel_values, plan.places, grid=plan.grid, arguments=self._arguments)
         return found[0] if len(found) == 1 else join_channels(found)
+
+    def packed_features(self, views: Sequence[Tensor], kept: Sequence[Tensor] | None) -> PackedTokens:
+        """Run the kept layers on views of many sizes: NaFlexViT's on all together, others' size by size."""
+        if reads_sequences(self.network):
+            return read_packed(self.network, views, kept, self._plan.places, self.spec)
+        return read_by_size(self.forward_features, views, kept, self.spec)
 
     def blocks(self) -> list[nn.Module]:
         """Give what each kept layer adds to those before: a block, a stage, or a list of modules."""

@@ -10,6 +10,7 @@ from connectors.errors import UnknownNameError, VlmError
 from connectors.registry import nearest
 from connectors.tokens import Grid
 from vlm_encoders.encoders.timm_network import probe_network, refuse_machinery
+from vlm_encoders.encoders.timm_pack import packs
 from vlm_encoders.encoders.timm_pixels import pixel_fields
 from vlm_encoders.encoders.timm_shape import block_fields, positions, prefix_kinds, shape_fields, size_fields
 from vlm_encoders.encoders.weights import read_json
@@ -87,6 +88,7 @@ def explain_model(
     size = _own_size(network) or tuple(data["input_size"][1:])
     known = network.pretrained_cfg
     shape = shape_fields(network, size)
+    sizes = size_fields(network, name, source, options, size, shape)
     return EncoderSpec(
         name=name,
         family="timm",
@@ -102,7 +104,8 @@ def explain_model(
         or "https://github.com/huggingface/pytorch-image-models",
         options=tuple(options.items()),
         **shape,
-        **size_fields(network, name, source, options, size, shape),
+        **sizes,
+        packs=sizes["sizes"] == "any" and packs(network),
         **(block_fields(network) if not shape["stages"] else {}),
         **pixel_fields(data, None if pretrained_cfg else source.partition(".")[0], name),
     )

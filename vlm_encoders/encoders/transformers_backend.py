@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from connectors.tokens import VisualTokens
+from connectors.tokens import PackedTokens, VisualTokens
 from vlm_encoders.encoder import Encoder
 from vlm_encoders.encoders.transformers_load import build_tower, load_tower, require_tower, tower_weights
 from vlm_encoders.spec import EncoderSpec
@@ -27,8 +28,8 @@ class TransformersEncoder(Encoder):
     """
 
     def __init__(self, spec: EncoderSpec, network: nn.Module) -> None:
-        super().__init__(spec)
         self._tower = require_tower(spec)
+        super().__init__(spec if self._tower.packs_here(spec) else spec.altered(packs=False))
         self.network = network
         self._kept = _Kept()
         for layer, module in self._tower.watched(network, spec).items():
@@ -45,6 +46,10 @@ class TransformersEncoder(Encoder):
     def forward_features(self, pixel_values: Tensor) -> VisualTokens:
         """Run the kept layers and take the prefix apart."""
         return self._tower.forward(self.network, pixel_values, self.spec, self._kept.here())
+
+    def packed_features(self, views: Sequence[Tensor], kept: Sequence[Tensor] | None) -> PackedTokens:
+        """Run the kept layers on views of many sizes."""
+        return self._tower.packed(self.network, views, self.spec, self._kept.here(), kept)
 
     def blocks(self) -> list[nn.Module]:
         """Give the kept layers, first to last."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm_encoders.encoders.towers.base import Tower
+from torch import Tensor
+
+from vlm_encoders.encoders.pack_views import ViewTokens
+from vlm_encoders.encoders.towers.packing import PackingTower
+from vlm_encoders.spec import EncoderSpec
 
 __all__ = ["Aimv2"]
 
 
-class Aimv2(Tower):
+class Aimv2(PackingTower):
     """Source: transformers' `Aimv2VisionModel`."""
 
     source = "Aimv2VisionModel"
@@ -34,8 +38,18 @@ class Aimv2(Tower):
         return {"mlp_dim": config.intermediate_size, "gated_mlp": True}
 
     def spec_of(self, config: Any, owner: str) -> dict[str, Any]:
-        """Give ViT's fields; the native one has no table, and so any size."""
-        fields = super().spec_of(config, owner)
+        """Give ViT's fields; the native one has no table, and so any size, and many in a pack."""
+        fields = super().spec_of(config, owner) | {"packs": bool(config.is_native)}
         if config.is_native:
             fields |= {"sizes": "any", "positions": "sines of the rows and columns, in the parameters' dtype"}
         return fields
+
+    def embed(self, network: Any, pixels: Tensor, spec: EncoderSpec) -> ViewTokens:
+        """Make patches with the sines of their grid."""
+        rows, columns = pixels.shape[2] // spec.stride, pixels.shape[3] // spec.stride
+        return ViewTokens(network.embeddings(pixels), (rows, columns))
+
+    def through(self, network: Any, hidden: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
+        """Run the blocks and the norm."""
+        normed: Tensor = network.rms_norm(network.encoder(inputs_embeds=hidden).last_hidden_state)
+        return normed

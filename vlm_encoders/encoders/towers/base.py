@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from connectors.errors import VlmError
-from connectors.tokens import VisualTokens
+from connectors.tokens import PackedTokens, VisualTokens
+from vlm_encoders.encoders.pack_views import Places, by_size, join_sizes
 from vlm_encoders.encoders.towers.entries import changed_entries
 from vlm_encoders.encoders.towers.positions import resample_positions
 from vlm_encoders.resample import join_channels
@@ -43,6 +44,7 @@ class Tower:
         positions: as in `EncoderSpec`.
         kinds: of the prefix tokens.
         sizes: as in `EncoderSpec`.
+        packs: as in `EncoderSpec`.
         feature_layer: where nobody says otherwise.
         final_norm: where nobody says otherwise.
         mean: where no preprocessor says otherwise.
@@ -69,6 +71,7 @@ class Tower:
     positions = "a learned table, resampled bicubically in float32 without antialiasing"
     kinds: tuple[PrefixKind, ...] = ("cls",)
     sizes: Literal["any", "square", "native"] = "any"
+    packs = False
     feature_layer = -1
     final_norm = True
     mean: Triple = (0.485, 0.456, 0.406)
@@ -133,6 +136,7 @@ class Tower:
             "final_norm": self.final_norm,
             "trained_size": as_size(config.image_size, owner),
             "sizes": self.sizes,
+            "packs": self.packs,
             "positions": self.positions,
             "options": changed_entries(config, self.config_class()(), without=(*self.fixed, *self.told(config))),
             **self.mlp_spec(config),
@@ -199,6 +203,31 @@ class Tower:
         parts = [self.tokens(outputs[layer], spec, layer) for layer in spec.layers]
         return parts[0] if len(parts) == 1 else join_channels(parts)
 
+    def packs_here(self, spec: EncoderSpec) -> bool:
+        """Whether views of many sizes can be packed with the options of `spec`."""
+        return spec.packs
+
+    def packed(
+        self, network: nn.Module, views: Sequence[Tensor], spec: EncoderSpec, kept: dict[int, Any], places: Places
+    ) -> PackedTokens:
+        """Map views (3, H, W) of many sizes to packed tokens; here those of one size together.
+
+        Args:
+            network: as `prepare` left it.
+            views: pixels of each.
+            spec: the encoder's; sizes are those of the views.
+            kept: where the hooks on the `watched` modules put what these return.
+            places: of the tokens of each view that are encoded; None for all.
+
+        Raises:
+            VlmError: tokens are to be dropped, and the network needs whole maps.
+        """
+        groups = (
+            (indices, self.forward(network, pixels, spec.resized((pixels.shape[2], pixels.shape[3])), kept))
+            for indices, pixels in by_size(views)
+        )
+        return join_sizes(groups, places, spec.name)
+
     def run(self, network: nn.Module, pixels: Tensor, spec: EncoderSpec, kept: dict[int, Any]) -> dict[int, Tensor]:
         """Call the network once and give each feature layer's output, normed where `spec` says so.
 
@@ -208,7 +237,17 @@ class Tower:
             spec: the encoder's.
             kept: where the hooks on the `watched` modules put what these return; it is emptied.
         """
-        hidden = self.last_hidden(network, pixels, spec)
+        return self.collect(network, self.last_hidden(network, pixels, spec), spec, kept)
+
+    def collect(self, network: nn.Module, hidden: Tensor, spec: EncoderSpec, kept: dict[int, Any]) -> dict[int, Tensor]:
+        """Give each feature layer's output of a network that has run, normed where `spec` says so.
+
+        Args:
+            network: as `prepare` left it.
+            hidden: what the network gave of its last kept layer.
+            spec: the encoder's.
+            kept: what the hooks on the `watched` modules kept; it is emptied.
+        """
         found = {layer: self.output(returned) for layer, returned in kept.items()}
         kept.clear()
         if spec.final_norm:

@@ -14,7 +14,10 @@ __all__ = ["ConvNext", "DinoConvNext"]
 
 
 class ConvNext(Staged):
-    """Source: transformers' `ConvNextModel`, whose norm is for the mean of the map alone."""
+    """Source: transformers' `ConvNextModel`, whose norm is for the mean of the map alone.
+
+    Convolutions read whole maps, so that a pack is encoded size by size.
+    """
 
     source = "ConvNextModel"
     config = "ConvNextConfig"
@@ -25,6 +28,7 @@ class ConvNext(Staged):
     dropped = r"classifier\.|(convnext\.)?layernorm\."
     per_stage = ("hidden_sizes",)
     positions = "none: convolutions alone"
+    packs = True
     final_norm = False
     resize = "crop"
     loose = ("image_size",)
@@ -56,7 +60,7 @@ class DinoConvNext(Staged):
     """Source: transformers' `DINOv3ConvNextModel`.
 
     The library puts the mean of the last map in front of its tokens; it is left out here,
-    and the last norm is that of the tokens.
+    and the last norm is that of the tokens. A pack is encoded size by size.
     """
 
     source = "DINOv3ConvNextModel"
@@ -67,6 +71,7 @@ class DinoConvNext(Staged):
     dropped = r"layer_norm\."
     per_stage = ("hidden_sizes",)
     positions = "none: convolutions alone"
+    packs = True
     loose = ("image_size",)
 
     def stages_of(self, config: Any) -> tuple[Stage, ...]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlm_encoders.encoders.towers.base import Tower
+from torch import Tensor
+
+from vlm_encoders.encoders.pack_views import ViewTokens
+from vlm_encoders.encoders.towers.packing import PackingTower
 from vlm_encoders.spec import EncoderSpec, PrefixKind, Resize
 
 __all__ = ["Dinov2", "Dinov2WithRegisters", "Tipsv2"]
 
 
-class Dinov2(Tower):
+class Dinov2(PackingTower):
     """Source: transformers' `Dinov2Model`."""
 
     source = "Dinov2Model"
@@ -35,6 +38,16 @@ class Dinov2(Tower):
     def told(self, config: Any) -> tuple[str, ...]:
         """Leave `mlp_ratio` to the options under SwiGLU."""
         return super().told(config) + (() if config.use_swiglu_ffn else ("mlp_ratio",))
+
+    def embed(self, network: Any, pixels: Tensor, spec: EncoderSpec) -> ViewTokens:
+        """Make patches with the table at their grid, behind the prefix."""
+        rows, columns = pixels.shape[2] // spec.stride, pixels.shape[3] // spec.stride
+        return ViewTokens(network.embeddings(pixels), (rows, columns))
+
+    def through(self, network: Any, hidden: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
+        """Run the blocks and the norm."""
+        normed: Tensor = network.layernorm(network.encoder(hidden).last_hidden_state)
+        return normed
 
 
 class Dinov2WithRegisters(Dinov2):

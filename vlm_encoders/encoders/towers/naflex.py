@@ -1,25 +1,26 @@
-"""SigLIP 2 NaFlex by transformers: patches of any grid, here of views of one size."""
+"""SigLIP 2 NaFlex by transformers: patches of any grid, without padding or a mask."""
 
 from __future__ import annotations
 
 from math import isqrt
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
+from connectors.tokens import Grid
+from vlm_encoders.encoders.pack_views import ViewTokens
 from vlm_encoders.encoders.siglip2_naflex import POSITIONS
-from vlm_encoders.encoders.towers.base import Tower
+from vlm_encoders.encoders.towers.packing import PackingTower
 from vlm_encoders.spec import EncoderSpec
 
 __all__ = ["NaFlex"]
 
 
-class NaFlex(Tower):
+class NaFlex(PackingTower):
     """Source: transformers' `Siglip2VisionModel`.
 
-    The library resamples its table for each image at every call; here it is done once.
+    The library resamples its table for each image at every call; here for each grid, in float32.
     """
 
     source = "Siglip2VisionModel"
@@ -51,27 +52,32 @@ class NaFlex(Tower):
         """Add the table's places."""
         return (*super().told(config), "num_patches")
 
-    def resample(self, network: Any, spec: EncoderSpec) -> None:
-        """Bring the table to the views' grid by the library's own method."""
-        embeddings = network.embeddings
-        side = embeddings.position_embedding_size
-        with torch.no_grad():
-            table = embeddings.position_embedding.weight.reshape(1, side, side, -1).permute(0, 3, 1, 2)
-            table = interpolate(table, size=spec.token_spec().grid, mode="bilinear", antialias=True)
-            table = table.flatten(2)[0].T.contiguous()
-        embeddings.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
-
-    def resamples(self, spec: EncoderSpec) -> bool:
-        """Every size but the native one."""
-        return spec.image_size != spec.native_size
-
     def last_hidden(self, network: Any, pixels: Tensor, spec: EncoderSpec) -> Tensor:
-        """Cut pixels into patches as `Siglip2ImageProcessor` does, and run the network's parts without a mask."""
+        """Run the network's parts over a batch (B, N, D), without a mask."""
+        return self.through(network, self.embed(network, pixels, spec).hidden, ())
+
+    def embed(self, network: Any, pixels: Tensor, spec: EncoderSpec) -> ViewTokens:
+        """Cut pixels into patches as `Siglip2ImageProcessor` does, and add the table at their grid."""
         side = spec.stride
-        patches = pixels.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 3, 5, 1).flatten(3)
-        patches = patches.flatten(1, 2)
+        cut = pixels.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 3, 5, 1)
+        grid = (cut.shape[1], cut.shape[2])
         projection = network.embeddings.patch_embedding
-        hidden = projection(patches.to(projection.weight.dtype)) + network.embeddings.position_embedding.weight
-        hidden = network.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state
-        normed: Tensor = network.post_layernorm(hidden)
+        patches = cut.flatten(3).flatten(1, 2).to(projection.weight.dtype)
+        return ViewTokens(projection(patches) + _table(network.embeddings, grid), grid)
+
+    def through(self, network: Any, hidden: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
+        """Run the blocks and the norm."""
+        found = network.encoder(inputs_embeds=hidden, attention_mask=None)
+        normed: Tensor = network.post_layernorm(found.last_hidden_state)
         return normed
+
+
+def _table(embeddings: Any, grid: Grid) -> Tensor:
+    """Bring the table to a grid (N, D) as the library does, in float32."""
+    table: Tensor = embeddings.position_embedding.weight
+    side = embeddings.position_embedding_size
+    if grid == (side, side):
+        return table
+    # Unsqueezed last, as in the library: of what torch takes for channels-last it resamples to one column wrongly.
+    square = table.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
+    return interpolate(square, size=grid, mode="bilinear", antialias=True).flatten(2)[0].T.to(table.dtype)

@@ -1,28 +1,35 @@
-"""Vision towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL by transformers, in front of their merger."""
+"""Qwen2-VL's vision tower by transformers, in front of its merger; later ones build on it."""
 
 from __future__ import annotations
 
-from math import isqrt
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from connectors.errors import VlmError
-from connectors.tokens import Grid, VisualTokens
-from vlm_encoders.encoders.qwen import ROTARY, ROTARY_AND_TABLE
+from connectors.tokens import Grid, PackedTokens, VisualTokens
+from vlm_encoders.encoders.pack_views import Places
+from vlm_encoders.encoders.qwen import ROTARY
 from vlm_encoders.encoders.towers.base import Tower
-from vlm_encoders.resample import join_channels
+from vlm_encoders.encoders.towers.qwen_order import (
+    block_order,
+    chosen_rows,
+    cut_patches,
+    drop_rows,
+)
 from vlm_encoders.spec import EncoderSpec
 
-__all__ = ["Qwen2", "Qwen3", "Qwen25"]
+__all__ = ["Qwen2"]
 
 
 class Qwen2(Tower):
     """Source: transformers' `Qwen2VisionTransformerPretrainedModel`.
 
     A view becomes patches in the order of `Qwen2VLImageProcessor`, each twice in time,
-    block by block of those that the merger joins; tokens are put back in rows.
+    block by block of those that the merger joins; tokens are put back in rows. The library
+    takes views of many sizes in one sequence, each within its bounds; so do packs.
     """
 
     source = "Qwen2VisionTransformerPretrainedModel"
@@ -35,6 +42,7 @@ class Qwen2(Tower):
     dropped = r"(merger|deepstack_merger_list)\."
     positions = ROTARY
     kinds = ()
+    packs = True
     final_norm = False
     free = True
     mean = (0.48145466, 0.4578275, 0.40821073)
@@ -88,14 +96,7 @@ class Qwen2(Tower):
             VlmError: the views do not fill the merger's blocks, by which patches are ordered.
         """
         merge = entries.get("spatial_merge_size", self.config_class()().spatial_merge_size)
-        step = merge * spec.stride
-        height, width = spec.image_size
-        if height % step or width % step:
-            near = [max(round(side / step), 1) * step for side in (height, width)]
-            raise VlmError(
-                f"{spec.name}: image size {height}x{width} is not a multiple of {step}, the {merge}x{merge} patches "
-                f"that its blocks are ordered by; use {near[0]}x{near[1]}"
-            )
+        _check_blocks(spec.name, spec.image_size, spec.stride, merge)
         return entries
 
     def prepare(self, network: Any, spec: EncoderSpec) -> None:
@@ -103,19 +104,71 @@ class Qwen2(Tower):
         super().prepare(network, spec)
         network.merger = nn.Identity()
 
-    def last_hidden(self, network: Any, pixels: Tensor, spec: EncoderSpec) -> Tensor:
-        """Run the network over all views at once, each attending to itself, (B * N, D)."""
+    def forward(self, network: Any, pixels: Tensor, spec: EncoderSpec, kept: dict[int, Any]) -> VisualTokens:
+        """Map pixels (B, 3, H, W) to tokens, joined where the feature layers are several."""
+        rows, columns = spec.image_size[0] // spec.stride, spec.image_size[1] // spec.stride
+        patches = self.patches(network, pixels, spec)
+        tokens = self.encode(network, patches, [(rows, columns)] * len(pixels), spec, kept, None)
+        return VisualTokens(tokens.unflatten(0, (len(pixels), rows * columns)), (rows, columns))
+
+    def packed(
+        self, network: Any, views: Sequence[Tensor], spec: EncoderSpec, kept: dict[int, Any], places: Places
+    ) -> PackedTokens:
+        """Map views (3, H, W) of many sizes to packed tokens, by the library's own bounds between views.
+
+        Raises:
+            VlmError: a view does not fill the merger's blocks.
+        """
+        for view in views:
+            _check_blocks(spec.name, (view.shape[1], view.shape[2]), spec.stride, network.spatial_merge_size)
+        grids = [(view.shape[1] // spec.stride, view.shape[2] // spec.stride) for view in views]
+        patches = torch.cat([self.patches(network, view[None], spec) for view in views])
+        tokens = self.encode(network, patches, grids, spec, kept, places)
+        lengths = [rows * columns for rows, columns in grids]
+        if places is None:
+            return PackedTokens(tokens, grids, lengths)
+        left = [len(each) for each in places]
+        whole = [grid if count == length else None for grid, count, length in zip(grids, left, lengths, strict=True)]
+        return PackedTokens(tokens, whole, left)
+
+    def patches(self, network: Any, pixels: Tensor, spec: EncoderSpec) -> Tensor:
+        """Cut views of one size into rows of patches."""
+        return cut_patches(pixels, spec.stride, network.spatial_merge_size, network.config.temporal_patch_size)
+
+    def encode(
+        self,
+        network: Any,
+        patches: Tensor,
+        grids: Sequence[Grid],
+        spec: EncoderSpec,
+        kept: dict[int, Any],
+        places: Places,
+    ) -> Tensor:
+        """Run the network over all views at once, each attending to itself, and put tokens (M, D) in rows."""
         # On the CPU, so that nothing waits for an accelerator, and lengths are known on the meta device.
-        grids = torch.tensor([[1, *_grid(spec)]] * len(pixels))
-        known = {
-            name: value if name in {"cu_seqlens", "cu_window_seqlens"} else value.to(pixels.device)
-            for name, value in self.places(network, grids).items()
-        }
-        patches = _patches(pixels, spec.stride, network.spatial_merge_size, network.config.temporal_patch_size)
-        if "flash" in str(network.config._attn_implementation):  # noqa: SLF001
-            known = {name: value.to(pixels.device) for name, value in known.items()}
-        hidden: Tensor = network(patches, grid_thw=grids, **known).last_hidden_state
-        return hidden
+        known, order, chosen = self.sequence(network, grids, places)
+        flash = "flash" in str(network.config._attn_implementation)  # noqa: SLF001
+        bounds = () if flash else ("cu_seqlens", "cu_window_seqlens")
+        known = {name: value if name in bounds else value.to(patches.device) for name, value in known.items()}
+        if chosen is not None:
+            patches = patches[chosen.nonzero()[:, 0].to(patches.device)]
+        shapes = torch.tensor([[1, *grid] for grid in grids])
+        hidden: Tensor = network(patches, grid_thw=shapes, **known).last_hidden_state
+        outputs = self.collect(network, hidden, spec, kept)
+        found = [outputs[layer] for layer in spec.layers]
+        joined = found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+        return joined[order.argsort().to(joined.device)]
+
+    def sequence(
+        self, network: Any, grids: Sequence[Grid], places: Places
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        """Give what the network is told, the place of each of its tokens, and which patches it takes; None for all."""
+        known = self.places(network, torch.tensor([[1, *grid] for grid in grids]))
+        order = block_order(grids, network.spatial_merge_size)
+        if places is None:
+            return known, order, None
+        chosen = chosen_rows(grids, places, order)
+        return drop_rows(known, chosen, [len(each) for each in places]), order[chosen], chosen
 
     def places(self, network: Any, grids: Tensor) -> dict[str, Tensor]:
         """Compute what the library would from the grids (B, 3): time, rows and columns."""
@@ -126,101 +179,13 @@ class Qwen2(Tower):
             "cu_seqlens": get_vision_cu_seqlens(grids),
         }
 
-    def forward(self, network: Any, pixels: Tensor, spec: EncoderSpec, kept: dict[int, Any]) -> VisualTokens:
-        """Map pixels (B, 3, H, W) to tokens, joined where the feature layers are several."""
-        outputs = self.run(network, pixels, spec, kept)
-        parts = [self.in_rows(network, outputs[layer], spec, len(pixels)) for layer in spec.layers]
-        return parts[0] if len(parts) == 1 else join_channels(parts)
 
-    def in_rows(self, network: Any, hidden: Tensor, spec: EncoderSpec, batch: int) -> VisualTokens:
-        """Put a block's output (B * N, D), block by block of the merger, in rows."""
-        (rows, columns), merge = _grid(spec), network.spatial_merge_size
-        blocks = hidden.reshape(batch, rows // merge, columns // merge, merge, merge, -1)
-        return VisualTokens(blocks.transpose(2, 3).reshape(batch, rows * columns, -1), (rows, columns))
-
-
-class Qwen25(Qwen2):
-    """Source: transformers' `Qwen2_5_VisionTransformerPretrainedModel`; most blocks attend within windows."""
-
-    source = "Qwen2_5_VisionTransformerPretrainedModel"
-    config = "Qwen2_5_VLVisionConfig"
-    module = "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
-    family = "qwen2_5_vl"
-    width = "hidden_size"
-    merged = "out_hidden_size"
-
-    def mlp_of(self, spec: EncoderSpec) -> dict[str, Any]:
-        """Give the hidden width."""
-        return {"intermediate_size": spec.mlp_dim}
-
-    def mlp_spec(self, config: Any) -> dict[str, Any]:
-        """Give the hidden width of the gated MLP."""
-        return {"mlp_dim": config.intermediate_size, "gated_mlp": True, "windowed": True}
-
-    def places(self, network: Any, grids: Tensor) -> dict[str, Tensor]:
-        """Add the order of windows."""
-        from transformers.vision_utils import get_vision_window_index
-
-        index, bounds = get_vision_window_index(
-            grids, network.spatial_merge_size, network.window_size, network.patch_size
+def _check_blocks(name: str, size: Grid, side: int, merge: int) -> None:
+    step = merge * side
+    height, width = size
+    if height % step or width % step:
+        near = [max(round(length / step), 1) * step for length in size]
+        raise VlmError(
+            f"{name}: image size {height}x{width} is not a multiple of {step}, the {merge}x{merge} patches "
+            f"that its blocks are ordered by; use {near[0]}x{near[1]}"
         )
-        return super().places(network, grids) | {"window_index": index, "cu_window_seqlens": bounds}
-
-    def in_rows(self, network: Any, hidden: Tensor, spec: EncoderSpec, batch: int) -> VisualTokens:
-        """Undo the order of windows, and then that of the merger's blocks."""
-        grid = torch.tensor([[1, *_grid(spec)]])
-        back = self.places(network, grid)["window_index"].argsort().to(hidden.device)
-        units = hidden.reshape(batch, len(back), network.spatial_merge_unit, -1)
-        return super().in_rows(network, units[:, back], spec, batch)
-
-
-class Qwen3(Qwen25):
-    """Source: transformers' `Qwen3VLVisionModel`; the features for its LLM's early layers are left out."""
-
-    source = "Qwen3VLVisionModel"
-    config = "Qwen3VLVisionConfig"
-    module = "transformers.models.qwen3_vl.modeling_qwen3_vl"
-    family = "qwen3_vl"
-    fixed = {"deepstack_visual_indexes": []}  # noqa: RUF012
-    positions = ROTARY_AND_TABLE
-    mean = (0.5, 0.5, 0.5)
-    std = (0.5, 0.5, 0.5)
-
-    def native_side(self, config: Any) -> int:
-        """Give the side of the table of places, px."""
-        side: int = isqrt(config.num_position_embeddings) * config.patch_size
-        return side
-
-    def mlp_spec(self, config: Any) -> dict[str, Any]:
-        """Give the hidden width."""
-        return {"mlp_dim": config.intermediate_size}
-
-    def places(self, network: Any, grids: Tensor) -> dict[str, Tensor]:
-        """Add where the table is read."""
-        from transformers.vision_utils import get_vision_interpolation_indices_and_weights
-
-        index, weights = get_vision_interpolation_indices_and_weights(
-            grids,
-            num_grid_per_side=network.num_grid_per_side,
-            mode=network.interpolation_mode,
-            align_corners=network.interpolation_align_corners,
-            spatial_merge_size=network.spatial_merge_size,
-        )
-        return Qwen2.places(self, network, grids) | {"interp_indices": index, "interp_weights": weights}
-
-    def in_rows(self, network: Any, hidden: Tensor, spec: EncoderSpec, batch: int) -> VisualTokens:
-        """Undo the order of the merger's blocks: there are no windows."""
-        return Qwen2.in_rows(self, network, hidden, spec, batch)
-
-
-def _grid(spec: EncoderSpec) -> Grid:
-    return spec.image_size[0] // spec.stride, spec.image_size[1] // spec.stride
-
-
-def _patches(pixels: Tensor, side: int, merge: int, frames: int) -> Tensor:
-    """Cut views (B, 3, H, W) into rows of patches, each repeated in time, in the order of the merger's blocks."""
-    split = pixels.unflatten(3, (-1, merge, side)).unflatten(2, (-1, merge, side))
-    ordered = split.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6)
-    length = pixels.shape[1] * frames * side * side
-    repeated: Tensor = ordered.expand(*ordered.shape[:6], frames, side, side)
-    return repeated.reshape(-1, length)

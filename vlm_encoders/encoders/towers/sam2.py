@@ -27,6 +27,8 @@ class Sam2(Staged):
     SAM 2 uses: the last stage but one (stride 16), brought to 256 channels by one
     convolution, plus the last stage, brought there by another and doubled in size. It is
     what SAM 2's memory and mask decoder take as the image. Finer levels are not built.
+
+    Its windows and convolutions read whole maps, so that a pack is encoded size by size.
     """
 
     source = "Sam2VisionModel"
@@ -37,6 +39,7 @@ class Sam2(Staged):
     dropped = r"(.*\.)?neck\."
     loose = ("backbone_feature_sizes", "image_size")
     positions = POSITIONS
+    packs = True
     windowed = True
     bilinear = True
 

@@ -83,6 +83,7 @@ class Staged(Tower):
             "final_norm": self.final_norm,
             "trained_size": as_size(self.native_of(config), owner),
             "sizes": self.sizes,
+            "packs": self.packs,
             "rounding": self.rounding,
             "positions": self.positions,
             "windowed": self.windowed,
