@@ -18,7 +18,7 @@ from vlm_encoders.encoder import Encoder
 from vlm_encoders.encoders.fused import FusedEncoder
 from vlm_encoders.registry import create_encoder, encoder_spec
 from vlm_encoders.testing import check_encoder, tiny_llm
-from vlm_encoders.tiling.anyres import build_tiler
+from vlm_encoders.tiling import build_tiler
 from vlm_encoders.vlm.build import build_model
 from vlm_encoders.vlm.checkpoint import load_model
 from vlm_encoders.vlm.model import VisionLanguageModel
@@ -220,7 +220,7 @@ def test_relative_folders_are_saved_as_absolute_ones(
 
 def test_tiles_are_squashed_for_each_part(make: Make, kit: Any) -> None:
     names = make("clip", 32), make("dinov2", 64)
-    _, processor = build_model(f"fused:{names[0]}+{names[1]}", "mlp", kit.root / "llm", tiler="internvl")
+    _, processor = build_model(f"fused:{names[0]}+{names[1]}", "mlp", kit.root / "llm", tiler="internvl:markers=false")
     wide = Image.linear_gradient("L").resize((160, 80)).convert("RGB")
     sample = processor.prompt([{"role": "user", "content": "<image>"}], [wide])
     assert sample.pixel_values is not None

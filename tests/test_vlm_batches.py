@@ -12,7 +12,7 @@ from connectors import build_connector
 from connectors.errors import TokenShapeError, VlmError
 from vlm_encoders.encoder import Encoder
 from vlm_encoders.testing import tiny_llm
-from vlm_encoders.tiling.anyres import AnyResTiler, Tiler
+from vlm_encoders.tiling import AnyResTiler, Tiler
 from vlm_encoders.vlm.answer import answer
 from vlm_encoders.vlm.model import VisionLanguageModel
 from vlm_encoders.vlm.processor import Sample, VLMProcessor

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from connectors import build_connector
 from connectors.errors import VlmError
 from vlm_encoders.encoder import Encoder
-from vlm_encoders.tiling.anyres import AnyResTiler, InternVLTiler, Tiler
+from vlm_encoders.tiling import AnyResTiler, InternVLTiler, Tiler
 from vlm_encoders.vlm.model import VisionLanguageModel
 from vlm_encoders.vlm.processor import VLMProcessor
 
@@ -20,7 +20,7 @@ TILERS: list[Tiler | None] = [
     None,
     AnyResTiler(tile_size=28, grids=((1, 2), (2, 1), (2, 2), (1, 3))),
     AnyResTiler(tile_size=28, grids=((2, 2),), thumbnail=False),
-    InternVLTiler(tile_size=28, max_tiles=4),
+    InternVLTiler(tile_size=28, max_tiles=4, markers=False),
 ]
 SIZES = [(28, 28), (1, 1), (200, 30), (30, 200), (57, 91), (640, 480)]
 RECIPES = ["mlp", "pixel_shuffle:factor=2+mlp", "keep_prefix+mlp"]

@@ -14,7 +14,7 @@ from vlm_encoders.encoders.transformers_backend import TransformersEncoder
 from vlm_encoders.registry import encoder_spec
 from vlm_encoders.spec import EncoderSpec
 from vlm_encoders.testing import tiny_llm
-from vlm_encoders.tiling.anyres import AnyResTiler
+from vlm_encoders.tiling import AnyResTiler
 from vlm_encoders.tiling.layout import TileLayout
 from vlm_encoders.vlm.model import VisionLanguageModel
 from vlm_encoders.vlm.processor import VLMProcessor

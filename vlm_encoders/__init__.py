@@ -13,15 +13,23 @@ if TYPE_CHECKING:
     from vlm_encoders.preprocess import Preprocessor, load_image
     from vlm_encoders.registry import create_encoder, encoder_spec, list_encoders, register_encoder
     from vlm_encoders.spec import EncoderSpec, Stage
-    from vlm_encoders.tiling.anyres import AnyResTiler, InternVLTiler, WholeImage
-    from vlm_encoders.tiling.layout import TileLayout
-    from vlm_encoders.tiling.plan import TilePlan, plan_tiles
+    from vlm_encoders.tiling import (
+        AnyResTiler,
+        InternVLTiler,
+        TileLayout,
+        TilePlan,
+        Tiler,
+        WholeImage,
+        build_tiler,
+        plan_tiles,
+    )
     from vlm_encoders.training.config import TrainConfig
     from vlm_encoders.training.data import ConversationDataset
     from vlm_encoders.training.evaluate import exact_match
     from vlm_encoders.training.trainer import Trainer
     from vlm_encoders.vlm.answer import answer
     from vlm_encoders.vlm.build import build_model, load_llm
+    from vlm_encoders.vlm.encode import encode_images
     from vlm_encoders.vlm.model import VisionLanguageModel
     from vlm_encoders.vlm.processor import VLMProcessor
     from vlm_encoders.vlm.stages import (
@@ -53,6 +61,7 @@ __all__ = [
     "StagePolicy",
     "TileLayout",
     "TilePlan",
+    "Tiler",
     "TokenBudget",
     "TrainConfig",
     "Trainer",
@@ -62,7 +71,9 @@ __all__ = [
     "answer",
     "apply_stage",
     "build_model",
+    "build_tiler",
     "create_encoder",
+    "encode_images",
     "encoder_spec",
     "exact_match",
     "list_encoders",
@@ -82,15 +93,23 @@ _HOME = {
     "preprocess": ("Preprocessor", "load_image"),
     "registry": ("create_encoder", "encoder_spec", "list_encoders", "register_encoder"),
     "spec": ("EncoderSpec", "Stage"),
-    "tiling.anyres": ("AnyResTiler", "InternVLTiler", "WholeImage"),
-    "tiling.layout": ("TileLayout",),
-    "tiling.plan": ("TilePlan", "plan_tiles"),
+    "tiling": (
+        "AnyResTiler",
+        "InternVLTiler",
+        "TileLayout",
+        "TilePlan",
+        "Tiler",
+        "WholeImage",
+        "build_tiler",
+        "plan_tiles",
+    ),
     "training.config": ("TrainConfig",),
     "training.data": ("ConversationDataset",),
     "training.evaluate": ("exact_match",),
     "training.trainer": ("Trainer",),
     "vlm.answer": ("answer",),
     "vlm.build": ("build_model", "load_llm"),
+    "vlm.encode": ("encode_images",),
     "vlm.model": ("VisionLanguageModel",),
     "vlm.processor": ("VLMProcessor",),
     "vlm.stages": (

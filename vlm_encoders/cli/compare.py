@@ -115,7 +115,7 @@ def _fitting(recipes: list[str], build: Build, *, control: bool) -> list[str]:
     for recipe in recipes:
         parse_recipe(recipe)
     model, _ = build("linear", 0)
-    spec, width = model.encoder.token_spec, model.token_spec.dim
+    spec, width = model.layout.connector_spec(model.encoder.token_spec), model.token_spec.dim
     found: list[str] = []
     for recipe in recipes:
         out, parameters, _ = measure_connector(recipe, spec, width)

@@ -25,6 +25,8 @@ def generate(
     temperature: Annotated[float, typer.Option(help="Of --sample, above 0.")] = 1.0,
     beams: Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")] = 1,
     seed: Annotated[int, typer.Option(help="Of --sample.")] = 0,
+    max_image_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens that a picture may cost.")] = None,
+    chunk_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens that the encoder sees at once.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Encoder name, if its folder is not where it was.")] = None,
     llm: Annotated[str | None, typer.Option(help="Where the LLM is now; 'tiny' for the embedded one.")] = None,
 ) -> None:
@@ -40,11 +42,12 @@ def generate(
     from vlm_encoders.vlm.processor import VLMProcessor
 
     loaded = _load(model, encoder, llm)
+    loaded.chunk_tokens = chunk_tokens
     processor = VLMProcessor.from_pretrained(model, loaded)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     places = "".join(f"{processor.image_token}\n" for _ in images or [])
     question = prompt if processor.image_token in prompt else places + prompt
-    ready = processor.prompt([{"role": "user", "content": question}], images or [])
+    ready = processor.prompt([{"role": "user", "content": question}], images or [], max_tokens=max_image_tokens)
     torch.manual_seed(seed)
     drawing = {"do_sample": True, "temperature": temperature} if sample else {"do_sample": False}
     (text,) = answer(loaded, processor, [ready], max_new_tokens=max_new_tokens, num_beams=beams, **drawing)

@@ -51,6 +51,9 @@ def build_parts(settings: TrainConfig) -> tuple[VisionLanguageModel, VLMProcesso
         processor = VLMProcessor.from_pretrained(settings.model, model)
         if settings.max_length is not None:
             processor.max_length = settings.max_length
+        if settings.max_image_tokens is not None:
+            processor.max_image_tokens = settings.max_image_tokens
+        model.chunk_tokens = settings.chunk_tokens
         return model, processor
     if settings.encoder is None or settings.connector is None or settings.llm is None:
         raise VlmError("training needs --encoder, --connector and --llm, or --model with a saved model")
@@ -61,5 +64,7 @@ def build_parts(settings: TrainConfig) -> tuple[VisionLanguageModel, VLMProcesso
         tiler=settings.tiler,
         dtype=getattr(torch, settings.dtype),
         max_length=settings.max_length,
+        max_image_tokens=settings.max_image_tokens,
+        chunk_tokens=settings.chunk_tokens,
         seed=settings.seed,
     )

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from connectors.errors import VlmError
 from vlm_encoders.training.order import SeededBatches
+from vlm_encoders.vlm.batch import to_device
 
 if TYPE_CHECKING:
     from vlm_encoders.vlm.processor import Sample, VLMProcessor
@@ -76,11 +77,4 @@ def iterate_batches(
     for batch in loader:
         if isinstance(batch, VlmError):
             raise batch
-        yield _to_device(batch, device)
-
-
-def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {
-        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for key, value in batch.items()
-    }
+        yield to_device(batch, device)

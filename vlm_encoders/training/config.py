@@ -24,6 +24,8 @@ _AT_LEAST_ONE = (
     "eval_every",
     "keep_checkpoints",
     "max_length",
+    "max_image_tokens",
+    "chunk_tokens",
 )
 _AT_LEAST_ZERO = ("weight_decay", "num_workers", "seed")
 _ABOVE_ZERO = ("learning_rate", "max_grad_norm")
@@ -54,7 +56,7 @@ class TrainConfig:
     llm: str | None = None
     """Hub id or folder of the language model; the commands take "tiny" for the embedded one."""
     tiler: str | None = None
-    """Name of the tiler, such as `anyres`; None for one view an image."""
+    """Name of the tiler with its options, such as `internvl:max_tiles=6`; None for one view an image."""
     model: str | None = None
     """Folder of a saved model to start from, in place of encoder, connector, llm and tiler."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -89,6 +91,10 @@ class TrainConfig:
     """Autocast of the forward pass."""
     max_length: int | None = None
     """Longest sample in tokens; None for the limit of the processor."""
+    max_image_tokens: int | None = None
+    """The most tokens that an image may cost, markers included; None for the limit of the processor."""
+    chunk_tokens: int | None = None
+    """The most tokens that the encoder sees at once, which bounds the memory of a frozen one; None for all."""
     num_workers: int = 0
     """Processes that load data, on each training process."""
     seed: int = 0

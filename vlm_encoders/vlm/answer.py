@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from vlm_encoders.vlm.batch import to_device
 
 if TYPE_CHECKING:
     from vlm_encoders.vlm.model import VisionLanguageModel
@@ -28,10 +28,7 @@ def answer(model: VisionLanguageModel, processor: VLMProcessor, prompts: Sequenc
     del batch["labels"]
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     ends = {"pad_token_id": pad, "eos_token_id": _end_ids(model, tokenizer.eos_token_id)}
-    inputs: dict[str, Any] = {
-        key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in batch.items()
-    }
-    ids = model.generate(**inputs, **(ends | options))
+    ids = model.generate(**to_device(batch, model.device), **(ends | options))
     texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [text.strip() for text in texts]
 

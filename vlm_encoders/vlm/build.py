@@ -10,7 +10,7 @@ from connectors.errors import VlmError
 from connectors.recipe import build_connector, parse_recipe
 from vlm_encoders.encoder import Encoder
 from vlm_encoders.registry import create_encoder, encoder_spec
-from vlm_encoders.tiling.anyres import build_tiler
+from vlm_encoders.tiling import Tiler, WholeImage, build_tiler
 from vlm_encoders.vlm.model import VisionLanguageModel
 from vlm_encoders.vlm.processor import VLMProcessor
 
@@ -26,10 +26,12 @@ def build_model(
     connector: str | Connector,
     llm: str | Path,
     *,
-    tiler: str | None = None,
+    tiler: str | Tiler | None = None,
     pretrained: bool | str | Path = True,
     dtype: torch.dtype | None = None,
     max_length: int | None = None,
+    max_image_tokens: int | None = None,
+    chunk_tokens: int | None = None,
     seed: int = 0,
 ) -> tuple[VisionLanguageModel, VLMProcessor]:
     """Plug an encoder into an LLM: the model in eval mode, and the processor that feeds it.
@@ -41,10 +43,13 @@ def build_model(
             already, such as one of `load_released`; that one itself becomes the model's, cast to
             float32, so that models which are given the same one share its weights.
         llm: hub id or local folder of a causal LM with its tokenizer.
-        tiler: a tiler's name, such as `anyres`; None for one view an image.
+        tiler: a tiler's name with its options, such as `internvl:max_tiles=6`, or a tiler; None for one
+            view an image.
         pretrained: the encoder's weights, as `create_encoder` takes it.
         dtype: of encoder and LLM, None for float32; the connector is float32 whatever they are.
         max_length: longest sample in tokens; None for the LLM's context.
+        max_image_tokens: the most tokens that an image may cost, markers included; None for no limit.
+        chunk_tokens: the most tokens that the encoder sees at once; see `VisionLanguageModel`.
         seed: of the connector's initial weights; the global generator has no part in them.
 
     Raises:
@@ -53,31 +58,42 @@ def build_model(
     """
     # A name that leads nowhere is told before gigabytes are read.
     spec = encoder.spec if isinstance(encoder, Encoder) else encoder_spec(encoder)
+    if not (tiler is None or isinstance(tiler, (str, Tiler))):
+        raise VlmError(f"a tiler is a name such as llava-next, or a Tiler, got {type(tiler).__name__}")
+    cutter = build_tiler(tiler, spec) if isinstance(tiler, str) else tiler or WholeImage(spec.image_size[0])
+    tokens = cutter.layout.connector_spec(spec.token_spec())
     if isinstance(connector, str):
         parse_recipe(connector)
     elif isinstance(connector, Connector):
-        connector.out_spec(spec.token_spec())
+        connector.out_spec(tokens)
     else:
         raise VlmError(
             f"a connector is a recipe or a Connector, got {type(connector).__name__}; write a recipe such as mlp, or "
             "make one of released weights by load_released"
         )
-    cutter = None if tiler is None else build_tiler(tiler, spec.image_size[0])
     language_model, tokenizer = load_llm(llm, dtype)
     vision = encoder if isinstance(encoder, Encoder) else create_encoder(encoder, pretrained=pretrained, dtype=dtype)
     width = language_model.get_input_embeddings().embedding_dim  # type: ignore[operator]
     if isinstance(connector, str):
-        chain: Connector = build_connector(connector, vision.token_spec, width, seed=seed)
+        chain: Connector = build_connector(connector, tokens, width, seed=seed)
     else:
         chain = connector.float()
     context = getattr(language_model.config, "max_position_embeddings", None)
-    processor = VLMProcessor(vision, chain, tokenizer, tiler=cutter, max_length=max_length or context)
+    processor = VLMProcessor(
+        vision,
+        chain,
+        tokenizer,
+        tiler=cutter,
+        max_length=max_length or context,
+        max_image_tokens=max_image_tokens,
+    )
     model = VisionLanguageModel(
         vision,
         chain,
         language_model,
         image_token_id=processor.image_token_id,
         layout=processor.layout,
+        chunk_tokens=chunk_tokens,
     )
     return model.eval(), processor
 

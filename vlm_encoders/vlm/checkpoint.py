@@ -107,12 +107,13 @@ def load_model(
                 f"checkpoint '{folder}' was trained on pixels with {rule} {trained}, the encoder "
                 f"'{encoder.spec.name}' has {value}; build it as it was"
             )
+    layout = TileLayout.from_config(manifest["layout"])
     model = VisionLanguageModel(
         encoder,
-        connector or _build_connector(folder, manifest["connector"]),
+        connector or _build_connector(folder, manifest["connector"], layout.connector_spec(in_spec)),
         _build_llm(folder, manifest["llm"], llm),
         image_token_id=manifest["image_token_id"],
-        layout=TileLayout(**manifest["layout"]),
+        layout=layout,
     )
     if manifest["encoder"]["saved"]:
         fill_part(model, "encoder", folder / "encoder.safetensors")
@@ -159,13 +160,13 @@ def _build_encoder(folder: Path, entry: dict[str, Any]) -> Encoder:
     return encoder if options["dtype"] == entry["dtype"] else encoder.to(_dtype(entry["dtype"]))
 
 
-def _build_connector(folder: Path, entry: dict[str, Any]) -> Connector:
+def _build_connector(folder: Path, entry: dict[str, Any], in_spec: TokenSpec) -> Connector:
     if entry["recipe"] is None:
         raise VlmError(
             f"the connector of checkpoint '{folder}' is a '{entry['name']}' without a registered name; build it and "
             "pass connector=, or decorate its class with @register_connector"
         )
-    chain = build_connector(entry["recipe"], saved_spec(entry["in_spec"]), entry["out_dim"], seed=None)
+    chain = build_connector(entry["recipe"], in_spec, entry["out_dim"], seed=None)
     return chain if entry["chain"] else chain.connectors[0]
 
 

@@ -43,15 +43,12 @@ class PartReport:
 class ModelReport(tuple[PartReport, ...]):
     """The rows of `describe`, one a part; printed, a table.
 
-    Attributes:
-        unit: what the tokens are counted for: an "image", or a "view" where images are tiled.
+    Tokens are those of one view: tiled, an image costs what its size makes of it.
     """
-
-    unit = "image"
 
     def __str__(self) -> str:
         """Write the rows as aligned columns."""
-        head = ("part", "class", "parameters", "trainable", "dtype", "lr", "mode", f"tokens per {self.unit}")
+        head = ("part", "class", "parameters", "trainable", "dtype", "lr", "mode", "tokens per view")
         lines = [head, *(_cells(row) for row in self)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         numbers = {2, 3}
@@ -66,11 +63,7 @@ class ModelReport(tuple[PartReport, ...]):
 
 def describe_parts(model: VisionLanguageModel) -> ModelReport:
     """Report each part of a model as it stands, not as it was configured."""
-    report = ModelReport(_report(model, part) for part in PARTS)
-    if model.layout.unpad or model.layout.newline:
-        # Tiled, an image costs what its size makes of it.
-        report.unit = "view"
-    return report
+    return ModelReport(_report(model, part) for part in PARTS)
 
 
 def _cells(row: PartReport) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ def describe_checkpoint(model: VisionLanguageModel) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "image_token_id": model.image_token_id,
-        "layout": {"unpad": model.layout.unpad, "newline": model.layout.newline},
+        "layout": model.layout.config(),
         "stage": model.stage.name if model.stage else None,
         "trained": sorted(model.trained),
         "encoder": {

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from connectors.base import Connector
 from connectors.errors import TokenShapeError
 from connectors.init import Draw
-from connectors.tokens import TokenSpec, VisualTokens
+from connectors.tokens import TokenSpec
 from vlm_encoders.encoder import Encoder
 from vlm_encoders.tiling.layout import TileLayout
-from vlm_encoders.tiling.plan import TilePlan, whole_image
+from vlm_encoders.tiling.plan import TilePlan
+from vlm_encoders.tiling.whole import whole_image
 from vlm_encoders.vlm.describe import ModelReport, describe_parts
+from vlm_encoders.vlm.embed import check_chunk, embed_packed, embed_views, first_weight
 from vlm_encoders.vlm.language import VLMOutput, predict, require_left_padding
 from vlm_encoders.vlm.placeholders import fill_placeholders
 from vlm_encoders.vlm.stages import Part, StagePolicy, TrainedPart, hold_frozen
@@ -34,6 +36,9 @@ class VisionLanguageModel(nn.Module):
         image_token_id: the id that stands at image places, as in `VLMProcessor.image_token_id`;
             it may lie outside the LLM's vocabulary.
         layout: how tiles become one sequence; None for one view an image.
+        chunk_tokens: the most tokens, prefix included, that the encoder sees at once, but one view at
+            least; None for all. It bounds memory where neither encoder nor connector trains: what
+            trains keeps what its gradient needs of all chunks. It is not saved with the model.
 
     Attributes:
         stage: the stage that `apply_stage` applied last, or None.
@@ -53,6 +58,7 @@ class VisionLanguageModel(nn.Module):
         *,
         image_token_id: int,
         layout: TileLayout | None = None,
+        chunk_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -60,6 +66,8 @@ class VisionLanguageModel(nn.Module):
         self.llm = llm
         self.image_token_id = image_token_id
         self.layout = layout or TileLayout(unpad=False, newline=False)
+        check_chunk(chunk_tokens)
+        self.chunk_tokens = chunk_tokens
         self.stage: StagePolicy | None = None
         self.trained: set[TrainedPart] = set()
         self.token_spec = self._checked_spec()
@@ -81,11 +89,14 @@ class VisionLanguageModel(nn.Module):
         embedding: nn.Embedding = self.llm.get_input_embeddings()  # type: ignore[operator]
         return embedding
 
-    def embed_images(self, pixel_values: Tensor, plans: Sequence[TilePlan] | None = None) -> list[Tensor]:
+    def embed_images(
+        self, pixel_values: Tensor | Sequence[Tensor], plans: Sequence[TilePlan] | None = None
+    ) -> list[Tensor]:
         """Turn the views of a batch into image embeddings, each view encoded once.
 
         Args:
-            pixel_values: (V, 3, S, S), the views of all images in order.
+            pixel_values: (V, 3, S, S), the views of all images in order; or, for an encoder that packs
+                views of many sizes, a list of (3, H, W).
             plans: how each image was cut; None when each view is an image.
 
         Returns:
@@ -94,18 +105,26 @@ class VisionLanguageModel(nn.Module):
         Raises:
             TokenShapeError: the plans do not add up to V views.
         """
-        visual = self._visual_tokens(pixel_values)
         if plans is None:
-            height, width = self.encoder.spec.image_size
-            plans = [whole_image((height, width), height)] * pixel_values.shape[0]
-        return self.layout.arrange(visual, plans, self.newline)
+            own = [self.encoder.spec.image_size] * len(pixel_values)
+            seen = (
+                own if isinstance(pixel_values, Tensor) else [(view.shape[1], view.shape[2]) for view in pixel_values]
+            )
+            plans = [whole_image(size, size) for size in seen]
+        if len(pixel_values) == 0:
+            return []
+        parts, chunk = (self.encoder, self.connector), self.chunk_tokens
+        if isinstance(pixel_values, Tensor):
+            visual = embed_views(*parts, self.layout, pixel_values, plans, chunk_tokens=chunk)
+            return self.layout.arrange(visual, plans, self.newline)
+        return self.layout.arrange(embed_packed(*parts, pixel_values, chunk_tokens=chunk), plans, self.newline)
 
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        pixel_values: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
         plans: Sequence[TilePlan] | None = None,
     ) -> VLMOutput:
         """Predict the next token at each place, or the loss on the labels.
@@ -117,7 +136,7 @@ class VisionLanguageModel(nn.Module):
             input_ids: (B, T), image places expanded.
             attention_mask: (B, T), 1 at real tokens; None for no padding.
             labels: (B, T), ids at supervised places and -100 elsewhere.
-            pixel_values: (V, 3, S, S), or None for text alone.
+            pixel_values: (V, 3, S, S), a list of (3, H, W), or None for text alone.
             plans: how each image was cut; None when each view is an image.
 
         Raises:
@@ -130,7 +149,7 @@ class VisionLanguageModel(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
         plans: Sequence[TilePlan] | None = None,
         **options: Any,
     ) -> Tensor:
@@ -139,7 +158,7 @@ class VisionLanguageModel(nn.Module):
         Args:
             input_ids: (B, T), padded on the left.
             attention_mask: (B, T), 1 at real tokens; None for no padding.
-            pixel_values: (V, 3, S, S), or None for text alone.
+            pixel_values: (V, 3, S, S), a list of (3, H, W), or None for text alone.
             plans: how each image was cut; None when each view is an image.
             **options: those of transformers' `generate`: max_new_tokens, do_sample, num_beams, ...
 
@@ -190,22 +209,11 @@ class VisionLanguageModel(nn.Module):
 
         return load_model(Path(folder), **options)
 
-    def _visual_tokens(self, pixel_values: Tensor) -> VisualTokens:
-        pixels = pixel_values.to(_dtype_of(self.encoder) or pixel_values.dtype)
-        visual: VisualTokens = self.encoder(pixels)
-        dtype = _dtype_of(self.connector)
-        if dtype is not None and dtype != visual.tokens.dtype:
-            # A frozen encoder in bf16 before a connector that trains in fp32.
-            prefix = None if visual.prefix is None else visual.prefix.to(dtype)
-            visual = VisualTokens(visual.tokens.to(dtype), visual.grid, prefix)
-        projected: VisualTokens = self.connector(visual)
-        return projected
-
     def _require_newline(self) -> None:
         """Hold the connector's newline vector to the LLM's width; draw one where it has none."""
         width, newline = self.token_spec.dim, self.connector.newline
         if newline is None:
-            first = _first_weight(self.connector)
+            first = first_weight(self.connector)
             self.connector.newline = nn.Parameter(torch.empty(width) if first is None else first.new_empty(width))
             # The released models draw it so: arXiv 2310.03744's code, image_newline.
             Draw().normal(self.connector.newline, width**-0.5)
@@ -213,26 +221,18 @@ class VisionLanguageModel(nn.Module):
             raise TokenShapeError(f"the connector's newline has shape {tuple(newline.shape)}, the LLM takes ({width},)")
 
     def _checked_spec(self) -> TokenSpec:
-        spec = self.connector.out_spec(self.encoder.token_spec)
+        spec = self.connector.out_spec(self.layout.connector_spec(self.encoder.token_spec))
         width = self._embedding.embedding_dim
         if spec.dim != width:
             raise TokenShapeError(f"the connector ends at width {spec.dim}, the LLM takes {width}; end it with mlp")
         self.layout.check(spec)
         return spec
 
-    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None, plans: Sequence[TilePlan] | None) -> Tensor:
+    def _embed(
+        self, input_ids: Tensor, pixel_values: Tensor | Sequence[Tensor] | None, plans: Sequence[TilePlan] | None
+    ) -> Tensor:
         places = input_ids == self.image_token_id
         # The image token may lie outside the vocabulary, so its row is never looked up.
         text: Tensor = self._embedding(input_ids.masked_fill(places, 0))
         images = None if pixel_values is None else torch.cat(self.embed_images(pixel_values, plans))
         return fill_placeholders(text, images, places)
-
-
-def _first_weight(module: nn.Module) -> nn.Parameter | None:
-    # Checkpoints may hold the newline, which forward does not read, in another dtype than the rest.
-    return next((parameter for name, parameter in module.named_parameters() if name != "newline"), None)
-
-
-def _dtype_of(module: nn.Module) -> torch.dtype | None:
-    first = _first_weight(module)
-    return None if first is None else first.dtype

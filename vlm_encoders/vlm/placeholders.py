@@ -10,7 +10,7 @@ from connectors.errors import VlmError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["expand_placeholders", "fill_placeholders"]
+__all__ = ["check_places", "expand_placeholders", "fill_placeholders"]
 
 
 def expand_placeholders(ids: Sequence[int], image_token_id: int, counts: Sequence[int]) -> list[int]:
@@ -24,17 +24,25 @@ def expand_placeholders(ids: Sequence[int], image_token_id: int, counts: Sequenc
     Raises:
         VlmError: the text does not hold one placeholder an image.
     """
-    places = sum(token == image_token_id for token in ids)
-    if places != len(counts):
-        raise VlmError(
-            f"the text holds {places} image placeholder{'s' * (places != 1)}, {len(counts)} "
-            f"image{'s' * (len(counts) != 1)} came; write one placeholder for each image"
-        )
+    check_places(sum(token == image_token_id for token in ids), len(counts))
     expanded: list[int] = []
     remaining = iter(counts)
     for token in ids:
         expanded.extend([token] * (next(remaining) if token == image_token_id else 1))
     return expanded
+
+
+def check_places(places: int, images: int) -> None:
+    """Hold the number of placeholders to that of the images.
+
+    Raises:
+        VlmError: they differ.
+    """
+    if places != images:
+        raise VlmError(
+            f"the text holds {places} image placeholder{'s' * (places != 1)}, {images} "
+            f"image{'s' * (images != 1)} came; write one placeholder for each image"
+        )
 
 
 def fill_placeholders(text: Tensor, images: Tensor | None, places: Tensor) -> Tensor:

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from connectors.base import Connector
 from connectors.errors import VlmError
 from vlm_encoders.encoder import Encoder
-from vlm_encoders.preprocess import ImageLike, load_image
-from vlm_encoders.tiling.anyres import Tiler, WholeImage, tiler_from_config
-from vlm_encoders.tiling.plan import TilePlan
-from vlm_encoders.view_pixels import ViewPixels
+from vlm_encoders.preprocess import ImageLike
+from vlm_encoders.tiling import TilePlan, Tiler, WholeImage, tiler_from_config
+from vlm_encoders.tiling.counts import Budgets, TokenCounts, budgets_of
+from vlm_encoders.tiling.pixels import TilePixels
 from vlm_encoders.vlm.atomic import atomic_folder
 from vlm_encoders.vlm.chat import IGNORED, Message, render, tokenize_with_labels
+from vlm_encoders.vlm.image_prompts import ImagePrompts, MarkCounter, PlannedImage, check_markers
 from vlm_encoders.vlm.placeholders import expand_placeholders
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor
 
     from vlm_encoders.vlm.model import VisionLanguageModel
@@ -38,13 +38,14 @@ class Sample:
     Attributes:
         input_ids: T ids, image places expanded.
         labels: T labels: ids on answers, -100 elsewhere.
-        pixel_values: (V, 3, S, S), the views of its images in order; None for text alone.
+        pixel_values: (V, 3, S, S), the views of its images in order; a list of (3, H, W) under a tiler
+            whose views have sizes of their own; None for text alone.
         plans: how each image was cut.
     """
 
     input_ids: list[int]
     labels: list[int]
-    pixel_values: Tensor | None
+    pixel_values: Tensor | list[Tensor] | None
     plans: list[TilePlan]
 
 
@@ -58,12 +59,15 @@ class VLMProcessor:
             where it has none (the LLM's embeddings need not grow).
         tiler: how an image is cut into views; None for one view an image.
         max_length: longest sample that the LLM's context takes, in tokens; None for no limit.
+        max_image_tokens: the most tokens that an image may cost, markers included, where a sample does
+            not say otherwise; None for no limit.
 
     Attributes:
         layout: how the tiler's views become one sequence, for the model of this processor.
 
     Raises:
-        VlmError: the tiler cuts tiles of another size than the encoder takes.
+        VlmError: the tiler cuts tiles of another size than the encoder takes, or writes markers that
+            the tokenizer does not know.
     """
 
     image_token = "<image>"  # noqa: S105
@@ -76,18 +80,25 @@ class VLMProcessor:
         *,
         tiler: Tiler | None = None,
         max_length: int | None = None,
+        max_image_tokens: int | None = None,
     ) -> None:
+        if tiler is not None and not isinstance(tiler, Tiler):
+            raise VlmError(
+                f"a tiler is one of build_tiler, got {type(tiler).__name__}; write build_tiler('llava-next')"
+            )
         self.tokenizer = tokenizer
         self.tiler = tiler or WholeImage(encoder.spec.image_size[0])
         self.max_length = max_length
-        self.token_spec = connector.out_spec(encoder.token_spec)
-        self.layout = self.tiler.layout_for(self.token_spec)
+        (self.max_image_tokens,) = budgets_of(max_image_tokens, 1)
         self.tiler.check(encoder.spec)
-        self._preprocess = ViewPixels(encoder.spec)
-        # A tile has the size of a view already: to crop it would lose its border.
-        self._preprocess_tiles = ViewPixels(encoder.spec.altered(resize="squash", crop_pct=1.0))
+        self.layout = self.tiler.layout_for(connector.out_spec(self.tiler.layout.connector_spec(encoder.token_spec)))
+        self.token_spec = connector.out_spec(self.layout.connector_spec(encoder.token_spec))
         if self.image_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([self.image_token], special_tokens=True)
+        check_markers(self.tiler, self.layout.markers, tokenizer, self.image_token)
+        marks = MarkCounter(tokenizer, self.image_token)
+        counts = TokenCounts(encoder.spec, connector, self.tiler, self.layout, marks)
+        self._prompts = ImagePrompts(TilePixels(encoder.spec), counts, self.image_token)
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(self.image_token)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -99,7 +110,11 @@ class VLMProcessor:
         target = Path(folder)
         with atomic_folder(target / "processor") as inside:
             self.tokenizer.save_pretrained(inside)
-            settings = {"tiler": self.tiler.config(), "max_length": self.max_length}
+            settings = {
+                "tiler": self.tiler.config(),
+                "max_length": self.max_length,
+                "max_image_tokens": self.max_image_tokens,
+            }
             (inside / "processor.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -114,48 +129,72 @@ class VLMProcessor:
         inside = Path(folder) / "processor"
         try:
             settings = json.loads((inside / "processor.json").read_text(encoding="utf-8"))
-            tiler, max_length = tiler_from_config(settings["tiler"]), settings["max_length"]
+            tiler = tiler_from_config(settings["tiler"])
+            limits = {"max_length": settings["max_length"], "max_image_tokens": settings.get("max_image_tokens")}
             tokenizer = AutoTokenizer.from_pretrained(inside)
         except FileNotFoundError as error:
             raise VlmError(f"'{folder}' holds no processor; save one with processor.save_pretrained") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise VlmError(f"'{folder}' holds no processor that can be read ({error}); save it again") from error
-        return cls(model.encoder, model.connector, tokenizer, tiler=tiler, max_length=max_length)
+        return cls(model.encoder, model.connector, tokenizer, tiler=tiler, **limits)
 
-    def num_image_tokens(self, image_size: tuple[int, int]) -> int:
-        """Count the tokens that an image of (height, width) px costs the LLM."""
-        return self.layout.num_tokens(self.tiler.plan(image_size), self.token_spec)
+    def num_image_tokens(self, image_size: tuple[int, int], *, max_tokens: int | None = None) -> int:
+        """Count the image tokens that an image of (height, width) px costs the LLM, markers apart.
 
-    def sample(self, messages: Sequence[Message], images: Sequence[ImageLike] = ()) -> Sample:
+        Args:
+            image_size: (height, width), px.
+            max_tokens: the most that the image may cost, markers included; None for `max_image_tokens`.
+
+        Raises:
+            VlmError: no plan stays within `max_tokens`.
+        """
+        most = self.max_image_tokens if max_tokens is None else max_tokens
+        counts = self._prompts.counts
+        return counts.total(counts.plan(image_size, most))
+
+    def sample(
+        self, messages: Sequence[Message], images: Sequence[ImageLike] = (), *, max_tokens: Budgets = None
+    ) -> Sample:
         """Make a training sample: answers are supervised, all else is not.
 
         Args:
             messages: turns of "system", "user" and "assistant", `<image>` where an image stands.
             images: the images, in the order of their placeholders.
+            max_tokens: the most tokens that an image may cost, markers included, or one number for each
+                image; None for `max_image_tokens`.
 
         Raises:
-            VlmError: placeholders and images do not agree, an image cannot be read, or the
-                sample is longer than `max_length`.
+            VlmError: placeholders and images do not agree, an image cannot be read, no plan stays
+                within `max_tokens`, or the sample is longer than `max_length`.
         """
-        ids, labels = tokenize_with_labels(self.tokenizer, messages)
-        return self._finish(ids, labels, images)
+        planned = self._plan(images, max_tokens)
+        ids, labels = tokenize_with_labels(self.tokenizer, self._prompts.write(messages, planned))
+        return self._finish(ids, labels, planned)
 
-    def prompt(self, messages: Sequence[Message], images: Sequence[ImageLike] = ()) -> Sample:
+    def prompt(
+        self, messages: Sequence[Message], images: Sequence[ImageLike] = (), *, max_tokens: Budgets = None
+    ) -> Sample:
         """Make a sample that ends where the assistant's next answer begins.
+
+        Args:
+            messages: as in `sample`.
+            images: as in `sample`.
+            max_tokens: as in `sample`.
 
         Raises:
             VlmError: as `sample`.
         """
-        text = render(self.tokenizer, messages, generation_prompt=True)
+        planned = self._plan(images, max_tokens)
+        text = render(self.tokenizer, self._prompts.write(messages, planned), generation_prompt=True)
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return self._finish(ids, [IGNORED] * len(ids), images)
+        return self._finish(ids, [IGNORED] * len(ids), planned)
 
     def collate(self, samples: Sequence[Sample], *, padding_side: Literal["left", "right"] = "right") -> dict[str, Any]:
         """Pad samples to one batch: right for training, left for generation.
 
         Returns:
             The keyword arguments of the model's `forward`: input_ids, attention_mask and labels
-            (B, T), pixel_values (V, 3, S, S) or None, and the plans of all images.
+            (B, T), pixel_values (V, 3, S, S), or a list of (3, H, W), or None, and the plans of all images.
         """
         import torch
 
@@ -174,29 +213,34 @@ class VLMProcessor:
             "input_ids": torch.tensor([padded(sample.input_ids, pad or 0) for sample in samples]),
             "attention_mask": torch.tensor([padded([1] * len(sample.input_ids), 0) for sample in samples]),
             "labels": torch.tensor([padded(sample.labels, IGNORED) for sample in samples]),
-            "pixel_values": torch.cat(views) if views else None,
+            "pixel_values": _together(views),
             "plans": [plan for sample in samples for plan in sample.plans],
         }
 
-    def _finish(self, ids: list[int], labels: list[int], images: Sequence[ImageLike]) -> Sample:
-        pictures = [load_image(image) for image in images]
-        plans = [self.tiler.plan((picture.height, picture.width)) for picture in pictures]
-        counts = [self.layout.num_tokens(plan, self.token_spec) for plan in plans]
-        expanded = expand_placeholders(ids, self.image_token_id, counts)
+    def _plan(self, images: Sequence[ImageLike], max_tokens: Budgets) -> list[PlannedImage]:
+        own = self.max_image_tokens
+        budgets = [own if most is None else most for most in budgets_of(max_tokens, len(images))]
+        return self._prompts.plan(images, budgets)
+
+    def _finish(self, ids: list[int], labels: list[int], planned: Sequence[PlannedImage]) -> Sample:
+        runs = self._prompts.runs(planned)
+        expanded = expand_placeholders(ids, self.image_token_id, runs)
         text_labels = iter([label for token, label in zip(ids, labels, strict=True) if token != self.image_token_id])
         expanded_labels = [IGNORED if token == self.image_token_id else next(text_labels) for token in expanded]
         if self.max_length is not None and len(expanded) > self.max_length:
             raise VlmError(
-                f"the sample is {len(expanded)} tokens long ({sum(counts)} of {len(counts)} images), the context takes "
-                f"{self.max_length}; shorten the text, use a connector with fewer tokens, or raise max_length"
+                f"the sample is {len(expanded)} tokens long ({sum(runs)} of {len(planned)} images), the context takes "
+                f"{self.max_length}; shorten the text, use a connector with fewer tokens, allow each image fewer by "
+                "max_image_tokens, or raise max_length"
             )
-        return Sample(expanded, expanded_labels, self._pixels(pictures, plans) if pictures else None, plans)
+        return Sample(expanded, expanded_labels, self._prompts.views(planned), [image.plan for image in planned])
 
-    def _pixels(self, pictures: Sequence[Image], plans: Sequence[TilePlan]) -> Tensor:
-        import torch
 
-        parts = []
-        for picture, plan in zip(pictures, plans, strict=True):
-            preprocess = self._preprocess if plan.grid is None else self._preprocess_tiles
-            parts.append(preprocess(self.tiler.cut(picture, plan)))
-        return torch.cat(parts)
+def _together(samples: Sequence[Tensor | list[Tensor]]) -> Tensor | list[Tensor] | None:
+    """Join the views of samples: one tensor, or one list where they have sizes of their own."""
+    import torch
+
+    if not samples:
+        return None
+    tensors = [views for views in samples if isinstance(views, torch.Tensor)]
+    return torch.cat(tensors) if tensors else [view for views in samples for view in views]
