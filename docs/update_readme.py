@@ -4,6 +4,7 @@
 results are quoted from `benchmarks/README.md`.
 Figures of connectors are measured from the connectors themselves. `python docs/update_readme.py --keys` adds new ones
 to `tests/data/connector_keys.json` too, the keys that checkpoints hold; those that stand there are left as they are.
+`python docs/update_readme.py --tiles` draws `docs/tiles.png`, over a page of scikit-learn's digits.
 """
 
 import json
@@ -13,7 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from connectors import TokenSpec, build_connector, list_connectors
 from connectors.activations import ACTIVATIONS
@@ -21,12 +24,20 @@ from connectors.blocks import ON_ODD
 from connectors.norms import NORMS
 from connectors.released import released_layouts
 from connectors.resize import RESIZE_MODES
-from vlm_encoders import encoder_spec, list_encoders
+from vlm_encoders import encoder_spec, list_encoders, token_budget
+from vlm_encoders.budget import image_counts
 from vlm_encoders.cli.console import count
+from vlm_encoders.cli.list import tiler_words
 from vlm_encoders.report.connector_card import ConnectorCard, connector_card
 from vlm_encoders.report.connector_examples import ENCODER, LLM_DIM, VIEW, connector_example
 from vlm_encoders.report.connector_figure import draw_connector
+from vlm_encoders.report.tile_figure import draw_tiles
+from vlm_encoders.report.tile_words import TilePanel, short_prompt
+from vlm_encoders.report.tiler_card import IMAGE_SIZE, TilerCard, tiler_card
+from vlm_encoders.tiling import PRESETS, build_tiler
 
+IMAGE_SIZES = ((480, 640), (1080, 1920), (20000, 300))
+DRAWN = ("llava-next", "internvl", "idefics3", "llava-uhd", "s2", "qwen2-vl")
 ROOT = Path(__file__).parent.parent
 
 
@@ -179,6 +190,85 @@ def _written(spec: TokenSpec) -> str:
     return f"TokenSpec({spec.num_tokens}, {spec.dim}, {spec.grid}{prefix})"
 
 
+def tilers() -> str:
+    """Write one row a tiler: what it was released with, and what images of some sizes cost there."""
+    sizes = [f"{height}x{width}" for height, width in IMAGE_SIZES]
+    lines = [
+        f"| tiler | what it does | encoder and connector | {' | '.join(sizes)} |",
+        f"|---|---|---|{'---:|' * len(sizes)}",
+    ]
+    for preset in dict.fromkeys(PRESETS.values()):
+        spec = preset.spec()
+        name = next(name for name, other in PRESETS.items() if other == preset)
+        budgets = [token_budget(spec, preset.connector, tiler=name, image_size=size) for size in IMAGE_SIZES]
+        costs = [f"{each.total:,}{f' + {each.markers}' if each.markers else ''} ({each.views})" for each in budgets]
+        side = "" if preset.image_size is None else f" at {preset.image_size} px"
+        names = ", ".join(f"[{each}]({preset.source})" for each, other in PRESETS.items() if other == preset)
+        cells = (names, tiler_words(preset), f"`{preset.encoder}`{side}, `{preset.connector}`", *costs)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tiler_page() -> str:
+    """Write the page with every tiler."""
+    return _TILERS_HEAD + "\n".join(_tiler_section(tiler_card(name)) for name in PRESETS)
+
+
+def _tiler_section(card: TilerCard) -> str:
+    spec = card.preset.spec()
+    counts = image_counts(spec, card.preset.connector, build_tiler(card.name, spec))
+    plan = counts.plan(IMAGE_SIZE)
+    views = f"{plan.num_views} view{'s' * (plan.num_views != 1)}"
+    size = f"{IMAGE_SIZE[0]}x{IMAGE_SIZE[1]} px"
+    side = card.encoder.removeprefix(card.preset.encoder)
+    lines = [
+        f"## {card.name}",
+        "",
+        f"{card.summary}.",
+        "",
+        f"- Encoder `{card.preset.encoder}`{side}, connector `{card.preset.connector}`.",
+        f"- Views: {card.views}. {size} are {counts.total(plan):,} image tokens in {views}.",
+        f"- Marks: `{short_prompt(counts.pieces(plan))}`." if card.prompt else "- Marks: none.",
+        f"- Source: {card.preset.source}.",
+        "",
+        "| option | default | meaning |",
+        "|---|---|---|",
+    ]
+    # A bar would end the cell, in code as well.
+    rows = [(f"`{each.name}`", f"`{each.short_default}`", each.meaning.replace("|", "\\|")) for each in card.options]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), ""])
+
+
+def draw_tiles_picture() -> None:
+    """Draw some tilers over a page of digits."""
+    page = digit_page()
+    panels = []
+    for name in DRAWN:
+        preset = PRESETS[name]
+        counts = image_counts(preset.spec(), preset.connector, build_tiler(name, preset.spec()))
+        panels.append(TilePanel(name, preset.connector, counts, counts.plan((page.height, page.width))))
+    path = ROOT / "docs" / "tiles.png"
+    draw_tiles(page, panels, path)
+    # A few colours do, and take a tenth of the bytes.
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+
+
+def digit_page(rows: int = 4, columns: int = 7, cell: int = 270) -> Image.Image:
+    """Draw a page of handwritten digits on paper that darkens downwards."""
+    from vlm_encoders.tiny.scenes import digit_images
+
+    ink = digit_images()[0][: rows * columns] / 16
+    page = np.zeros((rows * cell, columns * cell, 3))
+    for place, digit in enumerate(ink):
+        row, column = divmod(place, columns)
+        drawn = np.asarray(Image.fromarray(np.uint8(255 * digit)).resize((cell, cell), Image.Resampling.BICUBIC)) / 255
+        paper = np.array((0.86, 0.89, 0.92)) - 0.06 * row
+        colour = np.array((0.36, 0.52, 0.68)) + 0.2 * np.array((column / columns, 0, -column / columns))
+        tinted = paper + (colour - paper) * drawn[..., None]
+        page[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell] = tinted
+    return Image.fromarray(np.uint8(255 * page.clip(0, 1)))
+
+
 def conformance() -> str:
     """Quote the counts of docs/conformance.md."""
     text = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
@@ -206,7 +296,7 @@ def benchmarks() -> str:
 
 def updated(readme: str) -> str:
     """Give the README with its generated parts as they should be."""
-    for part in (encoders, demo, benchmarks, conformance, connectors, compare):
+    for part in (encoders, demo, benchmarks, conformance, connectors, compare, tilers):
         name = part.__name__
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         head, rest = readme.split(begin)
@@ -261,6 +351,24 @@ place on a grid, circles have none; prefix tokens stand above.
 
 """
 
+_TILERS_HEAD = f"""# Tilers
+
+Written by `python docs/update_readme.py`; `vlm-encoders info internvl:max_tiles=6` prints the card of one. A tiler is
+written as its name, or with options behind it: `internvl:max_tiles=6,thumbnail=false`, several grids or numbers as
+`llava-next:grids=1x2/2x1` and `s2:scales=1/2`, no value as `tiles:max_tiles=none`. Defaults are those with the encoder
+named; with another one `tile_size` and `patch` follow that encoder, unless they are written.
+
+- Marks are text around an image and between its views, shown for {IMAGE_SIZE[0]}x{IMAGE_SIZE[1]} px with the number of
+  image tokens of each run in brackets. The tokenizer must have each mark such as `<img>` or `[IMG_END]` as one token,
+  else it is refused; add it, or leave the marks out by `:markers=false`. Commas and line breaks are text as any other.
+- A budget, `max_tokens`, counts image tokens and marks: the tiler takes its best plan within it, or says the least that
+  the image needs. `budget` and `tiles --max-tokens` show it, `build_model(max_image_tokens=)` keeps to it.
+- Tilers of native resolution give views of sizes of their own, for encoders that pack them. A connector that joins
+  tokens, such as `patch_merger` or `pixel_shuffle:factor=2`, needs views of whole blocks: write as many as it joins of
+  a side, `naflex:merge=2`.
+
+"""
+
 _RELEASED = """
 ## Released weights
 
@@ -273,6 +381,8 @@ _RELEASED = """
 
 
 if __name__ == "__main__":
+    (ROOT / "docs" / "encoders.md").write_text(all_encoders(), encoding="utf-8")
+    (ROOT / "docs" / "tilers.md").write_text(tiler_page(), encoding="utf-8")
     (ROOT / "docs" / "connectors.md").write_text(connector_page(), encoding="utf-8")
     for drawn, svg in connector_figures().items():
         (ROOT / "docs" / "connectors" / f"{drawn}.svg").write_text(svg, encoding="utf-8")
@@ -284,5 +394,7 @@ if __name__ == "__main__":
         # A shape stays on its line.
         text = re.sub(r"\[\s+([\d,\s]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
         keys.write_text(f"{text}\n", encoding="utf-8")
+    if "--tiles" in sys.argv:
+        draw_tiles_picture()
     path = ROOT / "README.md"
     path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -30,10 +30,11 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiMod
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 from connectors.errors import TokenShapeError, UnknownNameError, VlmError
-from vlm_encoders.budget import encoder_flops, token_budget
+from vlm_encoders.budget import encoder_flops, image_counts, token_budget
 from vlm_encoders.released_budget import RELEASED, released_budgets
 from vlm_encoders.spec import EncoderSpec
-from vlm_encoders.tiling import AnyResTiler, InternVLTiler, TileLayout
+from vlm_encoders.tiling import PRESETS, AnyResTiler, InternVLTiler, TileLayout, build_tiler
+from vlm_encoders.tiling.counts import marks_in
 
 CLIP = EncoderSpec(
     name="tiny-clip",
@@ -80,12 +81,20 @@ def test_released_counts_are_the_published_ones() -> None:
     published = {(336, 336): 1176, (480, 640): 2340, (1080, 1920): 1948, (1920, 1080): 1968, (672, 672): 2928}
     assert {size: total("LLaVA-NeXT", size) for size in published} == published
     assert total("LLaVA-NeXT", (20, 1527)) == 576
-    rows = {row.name: (row.views, row.per_view, row.total) for row in released_budgets((1344, 1792))}
+    rows = {row.name: (row.views, row.per_view, row.total, row.markers) for row in released_budgets((1344, 1792))}
     assert rows == {
-        "LLaVA-1.5": (1, 576, 576),
-        "LLaVA-NeXT": (5, 576, 2340),
-        "InternVL 1.5 to 3": (13, 256, 3328),
-        "BLIP-2": (1, 32, 32),
+        "LLaVA-1.5": (1, 576, 576, 0),
+        "LLaVA-NeXT": (5, 576, 2340, 0),
+        # The image has 102x135 tokens of 4x5 tiles; the cap of 9 x 729 brings them down to 70x93, and rows have ends.
+        "LLaVA-OneVision": (21, 729, 729 + 70 * 94, 0),
+        "InternVL 1.5 to 3": (13, 256, 3328, 2),
+        # 12 tiles with two marks each, 3 ends of rows, and a line break with three marks at the whole image.
+        "Idefics3": (13, 169, 13 * 169, 31),
+        "SmolVLM": (13, 64, 13 * 64, 31),
+        # 28 px a token, 1280 at most: 31x41; Pixtral's 16 px a token, at most 64 along a side, 48 ends of rows.
+        "Qwen2-VL": (1, 1230, 30 * 41, 2),
+        "Pixtral": (1, 3072, 48 * 64, 48),
+        "BLIP-2": (1, 32, 32, 0),
     }
     assert all(model.source.startswith("https://") for model in RELEASED.values())
 
@@ -99,7 +108,7 @@ def test_budget_of_a_clip_encoder_is_that_of_the_released_llava() -> None:
 
 def test_a_name_gives_the_budget_of_its_spec() -> None:
     budget = token_budget("clip-vit-l-14-336", "mlp")
-    assert RELEASED["LLaVA-1.5"].tokens.num_tokens == budget.encoder_tokens == 576
+    assert RELEASED["LLaVA-1.5"].encoder.token_spec().num_tokens == budget.encoder_tokens == 576
     assert (budget.encoder, budget.encoder_flops) == ("clip-vit-l-14-336", encoder_flops(CLIP))
     with pytest.raises(UnknownNameError, match="clip-vit-l-14-336"):
         token_budget("clip-vit-l-14-337", "mlp")
@@ -196,7 +205,7 @@ def test_wrong_combinations_are_refused() -> None:
     with pytest.raises(VlmError, match="square views"):
         token_budget(replace(CLIP, image_size=(336, 672)), "mlp", tiler=AnyResTiler())
     with pytest.raises(TokenShapeError, match="32 queries"):
-        token_budget(CLIP, "qformer:layers=1+linear", tiler="anyres", layout=AnyResTiler.layout)
+        token_budget(CLIP, "qformer:layers=1+linear", tiler="anyres", layout=AnyResTiler().layout)
     with pytest.raises(UnknownNameError, match="did you mean anyres"):
         token_budget(CLIP, "mlp", tiler="anyress")
     with pytest.raises(VlmError, match="at least 1 px"):
@@ -215,3 +224,101 @@ def test_budget_imports_nothing_heavier_than_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(result.stdout) == [[], []]
+
+
+NATIVE = replace(TINY, name="tiny-native", packs=True)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_tiler_has_a_budget(name: str) -> None:
+    preset = PRESETS[name]
+    spec = preset.spec()
+    for size in ((1, 1), (300, 20000), (1080, 1920)):
+        budget = token_budget(spec, preset.connector, tiler=name, image_size=size)
+        plan = build_tiler(name, spec).plan(size)
+        counts = image_counts(spec, preset.connector, build_tiler(name, spec))
+        runs = [piece for piece in counts.pieces(plan) if isinstance(piece, int)]
+        assert (budget.views, budget.total) == (plan.num_views, sum(runs))
+        area = sum(height * width for height, width in plan.views)
+        assert budget.pixel_bytes == 2 * 3 * area
+        assert budget.connector_flops > 0
+
+
+@pytest.mark.parametrize("size", [(20, 500), (60, 60), (333, 222)])
+def test_native_views_cost_what_their_own_size_costs(size: tuple[int, int]) -> None:
+    budget = token_budget(NATIVE, "pixel_shuffle:factor=2+mlp", tiler="native:patch=14,merge=2", image_size=size)
+    ((height, width),) = build_tiler("native:patch=14,merge=2", NATIVE).plan(size).views
+    assert height % 28 == width % 28 == 0
+    alone = token_budget(NATIVE.resized((height, width)), "pixel_shuffle:factor=2+mlp")
+    for field in ("encoder_tokens", "per_view", "total", "grid", "pixel_bytes", "encoder_flops", "connector_flops"):
+        assert getattr(budget, field) == getattr(alone, field), field
+    assert budget.grid == (height // 28, width // 28)
+
+
+def test_native_flops_are_those_that_torch_counts_of_each_view() -> None:
+    config = CLIPVisionConfig(
+        hidden_size=48, intermediate_size=112, num_attention_heads=4, patch_size=14, image_size=56, num_hidden_layers=2
+    )
+    tower: nn.Module = CLIPVisionModel(config).eval().requires_grad_(requires_grad=False)
+    tiler = build_tiler("llava-uhd:tile_size=56,slice_size=56", NATIVE)
+    plan = tiler.plan((80, 210))
+    assert len(set(plan.views)) == 2
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for height, width in plan.views:
+            tower(torch.zeros(1, 3, height, width), interpolate_pos_encoding=True)
+    budget = token_budget(NATIVE, "mlp", tiler=tiler, image_size=(80, 210))
+    assert budget.encoder_flops == counter.get_total_flops()
+    assert budget.total == sum(height // 14 * (width // 14) for height, width in plan.views)
+
+
+def test_joined_scales_cost_the_encoder_each_view_and_the_connector_one() -> None:
+    one, joined = token_budget(CLIP, "mlp"), token_budget(CLIP, "mlp", tiler="s2", image_size=(480, 640))
+    assert one.encoder_flops is not None
+    assert (joined.views, joined.total, joined.encoder_flops) == (14, 576, 14 * one.encoder_flops)
+    assert joined.connector_flops == 2 * 576 * (3 * 1024 + 4096) * 4096
+    assert joined.connector_parameters == one.connector_parameters + 2 * 1024 * 4096
+
+
+def test_a_limit_of_tokens_chooses_the_best_plan_within() -> None:
+    for limit in (577, 1200, 2000, 5000):
+        budget = token_budget(CLIP, "mlp", tiler="anyres", image_size=(900, 700), max_tokens=limit)
+        assert budget.total <= limit
+    free = token_budget(CLIP, "mlp", tiler="anyres", image_size=(900, 700))
+    assert budget.total == free.total
+    with pytest.raises(
+        VlmError, match="'anyres' needs at least 577 tokens for an image of 900x700 px, 576 are allowed"
+    ):
+        token_budget(CLIP, "mlp", tiler="anyres", image_size=(900, 700), max_tokens=576)
+
+
+@pytest.mark.parametrize(
+    ("text", "marks"),
+    [
+        ("", 0),
+        ("<img>", 1),
+        ("<|vision_start|>", 1),
+        ("[IMG_BREAK]", 1),
+        ("<fake_token_around_image><row_1_col_12>", 2),
+        ("\n\n<fake_token_around_image><global-img>", 4),
+        (",\n", 2),
+        ("Picture 1 :", 3),
+        ("a < b [ c", 5),
+    ],
+)
+def test_marks_are_counted_one_by_one(text: str, marks: int) -> None:
+    assert marks_in([text, 7, text]) == 2 * marks
+
+
+def test_marks_are_the_tokens_that_a_tokenizer_with_each_of_them_makes() -> None:
+    words = ["<fake_token_around_image>", "<global-img>", "\n", "<img>"]
+    words += [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+    core = Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    tokenizer.add_tokens(words, special_tokens=True)
+    preset = PRESETS["smolvlm"]
+    counts = image_counts(preset.spec(), preset.connector, build_tiler("smolvlm", preset.spec()))
+    for size in SIZES:
+        pieces = counts.pieces(counts.plan(size))
+        text = "".join("<img>" if isinstance(piece, int) else piece for piece in pieces)
+        runs = sum(isinstance(piece, int) for piece in pieces)
+        assert len(tokenizer(text).input_ids) == marks_in(pieces) + runs

@@ -135,11 +135,14 @@ def test_budget_as_json_is_whole() -> None:
         (["budget", "--size", "big"], "'big' is no size; write HEIGHTxWIDTH"),
         (["budget", "--connector", "pixelshuffle"], "no connector 'pixelshuffle'; did you mean pixel_shuffle?"),
         (["budget", "--connector", "pixel_shuffle:factor=2"], "ends at width 4096|end it with mlp"),
-        (["info", "clip-vit-l-41"], "no encoder or connector 'clip-vit-l-41'; did you mean clip-vit-l-14"),
-        (["info", "pixel_shufle"], "no encoder or connector 'pixel_shufle'; did you mean pixel_shuffle"),
-        (["info", "pixel-shuffle"], "no encoder or connector 'pixel-shuffle'; did you mean pixel_shuffle"),
-        (["info", "MLP"], "no encoder or connector 'MLP'; did you mean mlp"),
-        (["info", "zzzz"], "no encoder or connector 'zzzz'; of connectors known are .*; of encoders known are "),
+        (["info", "clip-vit-l-41"], "no encoder, connector or tiler 'clip-vit-l-41'; did you mean clip-vit-l-14"),
+        (["info", "pixel_shufle"], "no encoder, connector or tiler 'pixel_shufle'; did you mean pixel_shuffle"),
+        (["info", "pixel-shuffle"], "no encoder, connector or tiler 'pixel-shuffle'; did you mean pixel_shuffle"),
+        (["info", "MLP"], "no encoder, connector or tiler 'MLP'; did you mean mlp"),
+        (
+            ["info", "zzzz"],
+            "or tiler 'zzzz'; of connectors known are .*; of encoders known are .*; of tilers known are ",
+        ),
         (["info", "pixel_shuffle:factor=2+mlp"], "is a connector's recipe; info pixel_shuffle shows its first link, "),
         (["info", "residual(norm+mlp)"], r"budget --connector 'residual\(norm\+mlp\)' costs it"),
         (["info", "mpl+linear"], r"'mpl\+linear' is a connector's recipe; budget --connector 'mpl\+linear' costs it"),
@@ -169,7 +172,7 @@ def test_a_mistake_is_told_without_traceback_and_with_a_status() -> None:
     done = command("info", "clip-vit-l-41")
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.startswith("error: no encoder or connector 'clip-vit-l-41'")
+    assert done.stderr.startswith("error: no encoder, connector or tiler 'clip-vit-l-41'")
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -19,8 +19,8 @@ def run(*command: str, path: str = "") -> str:
     return done.stdout
 
 
-def test_there_are_seven_short_examples() -> None:
-    assert [script.name[:2] for script in SCRIPTS] == ["01", "02", "03", "04", "05", "06", "07"]
+def test_there_are_eight_short_examples() -> None:
+    assert [script.name[:2] for script in SCRIPTS] == ["01", "02", "03", "04", "05", "06", "07", "08"]
     for script in SCRIPTS:
         assert len(script.read_text().splitlines()) < 60, script.name
 
@@ -35,6 +35,7 @@ def test_there_are_seven_short_examples() -> None:
         ("05", [], "TokenSpec(num_tokens=24, dim=48, grid=(4, 6), num_prefix=0)"),
         ("06", [], "encoded: tokens (1, 256, 256), grid (16, 16); 8 blocks in all"),
         ("07", [], "written back under the same names, with the same values: True"),
+        ("08", [], "9 pictures of 448x448 px"),
     ],
 )
 def test_example_runs(number: str, arguments: list[str], shown: str, tmp_path: Path) -> None:

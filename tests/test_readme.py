@@ -36,7 +36,7 @@ def test_generated_parts_are_current(generator: ModuleType) -> None:
 
 
 def test_there_are_snippets() -> None:
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 7
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
@@ -59,7 +59,7 @@ def test_snippet_runs(snippet: str, tmp_path: Path) -> None:
 
 
 def test_every_command_of_the_readme_exists() -> None:
-    known = {"demo", "list", "info", "encode", "budget", "compare", "train", "generate"}
+    known = {"demo", "list", "info", "encode", "budget", "compare", "tiles", "train", "generate"}
     commands = set(re.findall(r"^vlm-encoders ([a-z]+)", README, re.MULTILINE))
     assert commands <= known
     assert known - {"demo"} <= commands

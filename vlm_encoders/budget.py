@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from typing import TYPE_CHECKING
 
-from connectors.tokens import Grid, TokenSpec
+from connectors.tokens import Grid
+from vlm_encoders.cost import chain_flops, encoder_flops, measure_connector, meta_chain, num_parameters
 from vlm_encoders.registry import encoder_spec
 from vlm_encoders.spec import EncoderSpec
-from vlm_encoders.tiling.anyres import Tiler, build_tiler
+from vlm_encoders.tiling import Tiler, build_tiler
+from vlm_encoders.tiling.counts import TokenCounts, marks_in
 from vlm_encoders.tiling.layout import TileLayout
-from vlm_encoders.tiling.plan import Size
+from vlm_encoders.tiling.plan import Size, TilePlan
 
-__all__ = ["TokenBudget", "encoder_flops", "measure_connector", "token_budget"]
+if TYPE_CHECKING:
+    from connectors.chain import Chain
+
+__all__ = ["TokenBudget", "encoder_flops", "image_counts", "measure_connector", "token_budget"]
 
 
 @dataclass(frozen=True)
@@ -26,21 +31,24 @@ class TokenBudget:
         encoder: its name.
         connector: its recipe.
         views: pictures that the encoder sees.
-        per_view: tokens of a view behind the connector.
-        total: the token budget: all that the image costs the LLM, newlines included.
+        per_view: tokens of a view behind the connector, of a tile where views differ.
+        total: the token budget: all image tokens that the LLM gets, newline vectors included,
+            markers not.
         image_size: (height, width) of the image in px.
-        encoder_tokens: N of a view before the connector, without prefix.
-        grid: (rows, columns) of a view's tokens behind the connector; None for queries.
+        encoder_tokens: N of that view before the connector, without prefix.
+        grid: (rows, columns) of that view's tokens behind the connector; None for queries.
         dim: H, width of the LLM.
         connector_parameters: of the connector with its newline vector: Stage 1 trains them.
         encoder_parameters: of the whole tower; None if unknown.
-        encoder_flops: for all views, up to the feature layer; None where the encoder
-            is no plain vision transformer.
-        connector_flops: for all views.
+        encoder_flops: for all views, each of its own size, up to the feature layer; None
+            where the encoder is no plain vision transformer.
+        connector_flops: for all that the connector reads.
         pixel_bytes: of the views' pixels.
         embedding_bytes: of the image embeddings.
         kv_cache_bytes: of their keys and values in all layers of the LLM; None
             without `llm_layers`.
+        markers: marks of text around the image and between its views, such as `<img>` or a
+            line break: what they cost beside `total` in a tokenizer that has each as one token.
     """
 
     encoder: str
@@ -59,6 +67,7 @@ class TokenBudget:
     pixel_bytes: int
     embedding_bytes: int
     kv_cache_bytes: int | None
+    markers: int = 0
 
 
 def token_budget(
@@ -72,6 +81,7 @@ def token_budget(
     llm_layers: int | None = None,
     kv_dim: int | None = None,
     value_bytes: int = 2,
+    max_tokens: int | None = None,
 ) -> TokenBudget:
     """Count what one image costs.
 
@@ -79,29 +89,32 @@ def token_budget(
         encoder: its name, or its spec.
         connector: its recipe, such as `pixel_shuffle:factor=2+mlp`.
         image_size: (height, width) of the image in px; None for one of the view's size.
-        tiler: its name, or one with options; None for the whole image as one view.
+        tiler: its name with options, such as `internvl:max_tiles=6`, or a tiler; None for the
+            whole image as one view.
         layout: how views become one sequence; None for the tiler's own.
         llm_dim: H, width of the LLM.
         llm_layers: layers of the LLM, for the bytes of its cache.
         kv_dim: width of a layer's keys (key heads x head width); None for `llm_dim`,
             which is right without grouped queries.
         value_bytes: bytes of one number; 2 is bfloat16.
+        max_tokens: the most tokens that the image may cost, markers included: the tiler's best
+            plan within them is counted; None for its own choice.
 
     Raises:
-        VlmError: a name is unknown, or the tiler's tiles are not the encoder's views.
+        VlmError: a name is unknown, the tiler's views are not the encoder's, or no plan stays
+            within `max_tokens`.
         TokenShapeError: the connector cannot take the tokens, or the layout not the connector's.
     """
     spec = encoder_spec(encoder) if isinstance(encoder, str) else encoder
     if not isinstance(tiler, Tiler):
-        tiler = build_tiler("whole" if tiler is None else tiler, spec.image_size[0])
-    tiler.check(spec)
-    plan = tiler.plan(image_size or spec.image_size)
-    tokens = spec.token_spec()
-    out, parameters, connector_flops = measure_connector(connector, tokens, llm_dim)
-    layout = layout or tiler.layout_for(out)
-    total = layout.num_tokens(plan, out)
+        tiler = build_tiler("whole" if tiler is None else tiler, spec)
+    counts = image_counts(spec, connector, tiler, layout=layout, llm_dim=llm_dim)
+    plan = counts.plan(image_size or spec.image_size, max_tokens)
+    total = counts.total(plan)
+    out = counts.page_specs(plan)[plan.main_place]
+    tokens = spec.token_spec(plan.main.view) if tiler.native else spec.token_spec()
+    chain = meta_chain(connector, counts.layout.connector_spec(spec.token_spec()), llm_dim)
     per_layer = 2 * total * (llm_dim if kv_dim is None else kv_dim) * value_bytes
-    flops = encoder_flops(spec)
     return TokenBudget(
         encoder=spec.name,
         connector=connector,
@@ -112,66 +125,61 @@ def token_budget(
         total=total,
         grid=out.grid,
         dim=llm_dim,
-        connector_parameters=parameters + llm_dim * layout.newline,
+        connector_parameters=num_parameters(chain) + llm_dim * counts.layout.newline,
         encoder_parameters=spec.parameters or None,
-        encoder_flops=None if flops is None else flops * plan.num_views,
-        connector_flops=connector_flops * plan.num_views,
-        pixel_bytes=plan.num_views * spec.num_pixels * value_bytes,
+        encoder_flops=_encoder_flops(spec, plan, native=tiler.native),
+        connector_flops=_connector_flops(chain, counts, plan),
+        pixel_bytes=_num_pixels(spec, plan, native=tiler.native) * value_bytes,
         embedding_bytes=total * llm_dim * value_bytes,
         kv_cache_bytes=None if llm_layers is None else per_layer * llm_layers,
+        markers=marks_in(counts.pieces(plan)),
     )
 
 
-def encoder_flops(spec: EncoderSpec) -> int | None:
-    """Count the FLOPs of one view up to the feature layer, in a plain vision transformer.
-
-    With T = P + N tokens of width W and an MLP of hidden width M, a block takes
-    8 T W^2 (queries, keys, values, output) + 4 T^2 W (attention) + 4 T W M (MLP; half as
-    much again with a gate), and the patch embedding 6 N stride^2 W.
-
-    Returns:
-        FLOPs, two for one multiply-add; those of all parts in a joint; None for towers of
-        stages, windows or convolutions.
-    """
-    if spec.encodings:
-        counts = [(encoder_flops(part), times) for part, times in spec.encodings]
-        return None if any(each is None for each, _ in counts) else sum((each or 0) * times for each, times in counts)
-    width = spec.width
-    if spec.stages or spec.windowed or not spec.mlp_dim:
-        return None
-    tokens = spec.token_spec()
-    length = tokens.num_prefix + tokens.num_tokens
-    matrices = 6 if spec.gated_mlp else 4
-    block = 8 * length * width**2 + 4 * length**2 * width + matrices * length * width * spec.mlp_dim
-    return spec.kept_layers * block + 6 * tokens.num_tokens * spec.stride**2 * width
-
-
-@cache
-def measure_connector(recipe: str, tokens: TokenSpec, llm_dim: int) -> tuple[TokenSpec, int, int]:
-    """Measure a connector on the meta device, where nothing is computed.
+def image_counts(
+    spec: EncoderSpec, connector: str, tiler: Tiler, *, layout: TileLayout | None = None, llm_dim: int = 64
+) -> TokenCounts:
+    """Make what plans and counts images, without weights; the width of the LLM changes no count.
 
     Args:
-        recipe: the connector's.
-        tokens: of one view, as the encoder gives them.
+        spec: of the encoder.
+        connector: its recipe.
+        tiler: plans the views.
+        layout: how views become one sequence; None for the tiler's own.
         llm_dim: H, width of the LLM.
 
-    Returns:
-        Its output for one view, its parameters, and its FLOPs.
-
     Raises:
-        VlmError: the recipe cannot be read, or does not fit.
+        VlmError: the recipe cannot be read, or the tiler's views are not the encoder's.
+        TokenShapeError: the connector cannot take the tokens, or the layout not the connector's.
     """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
+    tiler.check(spec)
+    chosen = tiler.layout if layout is None else layout
+    chain = meta_chain(connector, chosen.connector_spec(spec.token_spec()), llm_dim)
+    if layout is None:
+        chosen = tiler.layout_for(chain.out_spec(chosen.connector_spec(spec.token_spec())))
+    return TokenCounts(spec, chain, tiler, chosen)
 
-    from connectors.recipe import build_connector
-    from connectors.tokens import VisualTokens
 
-    with torch.device("meta"):
-        # Frozen in place of no_grad: the counter trips over a view of a parameter under no_grad.
-        chain = build_connector(recipe, tokens, llm_dim).requires_grad_(requires_grad=False)
-        prefix = torch.empty(1, tokens.num_prefix, tokens.dim) if tokens.num_prefix else None
-        with FlopCounterMode(display=False) as counter:
-            chain(VisualTokens(torch.empty(1, tokens.num_tokens, tokens.dim), tokens.grid, prefix))
-    parameters = sum(parameter.numel() for parameter in chain.parameters())
-    return chain.out_spec(tokens), parameters, counter.get_total_flops()
+def _connector_flops(chain: Chain, counts: TokenCounts, plan: TilePlan) -> int:
+    total = 0
+    # A layout that joins scales has fewer views to read than the encoder saw.
+    for page in counts.layout.joined(plan).pages:
+        tokens = counts.encoder.token_spec(page.view if counts.tiler.native else None)
+        total += page.num_views * chain_flops(chain, counts.layout.connector_spec(tokens))
+    return total
+
+
+def _encoder_flops(spec: EncoderSpec, plan: TilePlan, *, native: bool) -> int | None:
+    if not native:
+        flops = encoder_flops(spec)
+        return None if flops is None else flops * plan.num_views
+    found = [(page.num_views, encoder_flops(spec.resized(page.view))) for page in plan.pages]
+    counted = [views * flops for views, flops in found if flops is not None]
+    return sum(counted) if len(counted) == len(found) else None
+
+
+def _num_pixels(spec: EncoderSpec, plan: TilePlan, *, native: bool) -> int:
+    """Count the numbers in the pixels of all views."""
+    if not native:
+        return plan.num_views * spec.num_pixels
+    return sum(3 * height * width for height, width in plan.views)

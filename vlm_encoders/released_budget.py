@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from connectors.tokens import TokenSpec
-from vlm_encoders.budget import measure_connector
-from vlm_encoders.tiling.anyres import AnyResTiler, InternVLTiler, Tiler, WholeImage
+from vlm_encoders.budget import image_counts
+from vlm_encoders.registry import encoder_spec
+from vlm_encoders.spec import EncoderSpec
+from vlm_encoders.tiling import PRESETS, build_tiler
+from vlm_encoders.tiling.counts import marks_in
 from vlm_encoders.tiling.plan import Size
 
 __all__ = ["RELEASED", "ReleasedBudget", "ReleasedModel", "released_budgets"]
@@ -17,16 +19,22 @@ class ReleasedModel:
     """How a published model turns an image into tokens.
 
     Attributes:
-        tokens: of a view, as its encoder gives them.
+        encoder: its spec.
         connector: a recipe that gives as many tokens as the model's own connector.
-        tiler: with its layout.
+        tiler: by name, with its layout and markers.
         source: where the model's authors say so.
     """
 
-    tokens: TokenSpec
+    encoder: EncoderSpec
     connector: str
-    tiler: Tiler
+    tiler: str
     source: str
+
+    @classmethod
+    def of_preset(cls, name: str) -> ReleasedModel:
+        """Make the model that a tiler was released with."""
+        preset = PRESETS[name]
+        return cls(preset.spec(), preset.connector, name, preset.source)
 
 
 @dataclass(frozen=True)
@@ -36,9 +44,10 @@ class ReleasedBudget:
     Attributes:
         name: of the model.
         views: pictures that its encoder sees.
-        per_view: tokens of a view behind the connector.
+        per_view: tokens of a view behind the connector, of a tile where views differ.
         total: the token budget; text around the image, such as `<img>`, not counted.
         source: where the model's authors say so.
+        markers: marks in that text.
     """
 
     name: str
@@ -46,25 +55,26 @@ class ReleasedBudget:
     per_view: int
     total: int
     source: str
+    markers: int = 0
 
 
-_CLIP_L_336 = TokenSpec(576, 1024, (24, 24), 1)
+_PRESET_OF = {
+    "LLaVA-1.5": "pad",
+    "LLaVA-NeXT": "llava-next",
+    "LLaVA-OneVision": "llava-onevision",
+    "InternVL 1.5 to 3": "internvl",
+    "Idefics3": "idefics3",
+    "SmolVLM": "smolvlm",
+    "Qwen2-VL": "qwen2-vl",
+    "Pixtral": "pixtral",
+}
 
 RELEASED: dict[str, ReleasedModel] = {
-    "LLaVA-1.5": ReleasedModel(_CLIP_L_336, "mlp", WholeImage(336), "https://arxiv.org/abs/2310.03744"),
-    "LLaVA-NeXT": ReleasedModel(
-        _CLIP_L_336, "mlp", AnyResTiler(), "https://llava-vl.github.io/blog/2024-01-30-llava-next/"
-    ),
-    "InternVL 1.5 to 3": ReleasedModel(
-        TokenSpec(1024, 1024, (32, 32), 1),
-        "pixel_shuffle:factor=2+mlp",
-        InternVLTiler(),
-        "https://arxiv.org/abs/2404.16821",
-    ),
+    **{name: ReleasedModel.of_preset(preset) for name, preset in _PRESET_OF.items()},
     "BLIP-2": ReleasedModel(
-        TokenSpec(256, 1408, (16, 16), 1),
+        encoder_spec("eva-clip-g-14-224"),
         "keep_prefix+qformer+linear",
-        WholeImage(224),
+        "squash",
         "https://arxiv.org/abs/2301.12597",
     ),
 }
@@ -79,9 +89,9 @@ def released_budgets(image_size: Size) -> list[ReleasedBudget]:
     """
     rows = []
     for name, model in RELEASED.items():
-        plan = model.tiler.plan(image_size)
-        # The width of the LLM changes no count.
-        out, _, _ = measure_connector(model.connector, model.tokens, 64)
-        total = model.tiler.layout.num_tokens(plan, out)
-        rows.append(ReleasedBudget(name, plan.num_views, out.num_tokens, total, model.source))
+        counts = image_counts(model.encoder, model.connector, build_tiler(model.tiler, model.encoder))
+        plan = counts.plan(image_size)
+        per_view = counts.page_specs(plan)[plan.main_place].num_tokens
+        markers = marks_in(counts.pieces(plan))
+        rows.append(ReleasedBudget(name, plan.num_views, per_view, counts.total(plan), model.source, markers))
     return rows

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import typer
 
-__all__ = ["count", "print_table", "quiet_libraries"]
+__all__ = ["count", "print_card", "print_table", "quiet_libraries"]
+
+
+def print_card(card: Mapping[str, str]) -> None:
+    """Print words in two columns: what is told, and what it is."""
+    for key, value in card.items():
+        typer.echo(f"{key + ':':<15}{value}")
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> None:

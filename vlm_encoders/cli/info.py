@@ -1,15 +1,15 @@
-"""`vlm-encoders info`: the card of one encoder or connector."""
+"""`vlm-encoders info`: the card of one encoder, connector or tiler."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from connectors.errors import UnknownNameError, VlmError
-from vlm_encoders.cli.console import count
+from vlm_encoders.cli.console import count, print_card
+from vlm_encoders.cli.info_tiler import print_tiler
+from vlm_encoders.cli.unknown import unknown_name
 from vlm_encoders.cli.values import read_layers, read_size
 
 if TYPE_CHECKING:
@@ -22,23 +22,32 @@ _SIZES = {"any": "any whose tokens come out whole", "square": "square ones", "na
 
 
 def info(
-    name: Annotated[str, typer.Argument(help="Encoder (timm:..., open_clip:..., hf:..., fused:... too) or connector.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Encoder (timm:..., open_clip:..., hf:..., fused:... too), connector, or tiler (internvl:max_tiles=6)."
+        ),
+    ],
     image_size: Annotated[str | None, typer.Option(help="Side or HEIGHTxWIDTH of a view in px.")] = None,
     feature_layer: Annotated[str | None, typer.Option(help="Layer from the end, -1 the last; several: -2,-5.")] = None,
 ) -> None:
-    """Print what is known of an encoder or a connector; nothing is downloaded or built."""
+    """Print what is known of an encoder, a connector or a tiler; nothing is downloaded or built."""
     from vlm_encoders.registry import chosen_spec
 
-    if _is_connector(name):
+    kind = "tiler" if _is_tiler(name) else "connector" if _is_connector(name) else "encoder"
+    if kind != "encoder":
         if image_size is not None or feature_layer is not None:
-            raise VlmError(f"'{name}' is a connector; --image-size and --feature-layer are of encoders, leave them out")
-        _print(_connector(name))
+            raise VlmError(f"'{name}' is a {kind}; --image-size and --feature-layer are of encoders, leave them out")
+        if kind == "tiler":
+            print_tiler(name)
+        else:
+            print_card(_connector(name))
         return
     size, layers = read_size(image_size), read_layers(feature_layer)
     try:
         spec = chosen_spec(name, image_size=size, feature_layer=layers)
     except UnknownNameError as error:
-        if (sentence := _unknown(name)) is None:
+        if (sentence := unknown_name(name)) is None:
             raise
         raise UnknownNameError(sentence) from error
     card = {
@@ -50,7 +59,7 @@ def info(
         "licence": spec.licence or "unknown",
         "view": _view(spec),
         "mean, std": "; ".join(dict.fromkeys(f"{each.mean}, {each.std}" for each in spec.pixel_specs)),
-        "sizes": _SIZES[spec.sizes],
+        "sizes": _SIZES[spec.sizes] + ("; views of many sizes are encoded together" if spec.packs else ""),
         "positions": spec.positions or "unknown",
         "tokens": _tokens(spec),
         "prefix": _prefix(spec),
@@ -59,12 +68,15 @@ def info(
         "parameters": _parameters(spec),
         "source": spec.reference or "unknown",
     }
-    _print(card)
+    print_card(card)
 
 
-def _print(card: Mapping[str, str]) -> None:
-    for key, value in card.items():
-        typer.echo(f"{key + ':':<15}{value}")
+def _is_tiler(name: str) -> bool:
+    """Look among tilers, options left aside; they share no name with encoders or connectors."""
+    from vlm_encoders.registry import list_encoders
+    from vlm_encoders.tiling import PRESETS
+
+    return name not in list_encoders() and name.partition(":")[0].strip() in PRESETS
 
 
 def _is_connector(name: str) -> bool:
@@ -76,25 +88,6 @@ def _is_connector(name: str) -> bool:
     from connectors.base import list_connectors
 
     return name in list_connectors()
-
-
-def _unknown(name: str) -> str | None:
-    """Say what a name could mean among encoders and connectors; None where it has the form of an encoder's."""
-    from connectors.base import list_connectors
-    from connectors.registry import nearest
-    from vlm_encoders.registry import list_encoders
-
-    connectors, encoders = list_connectors(), list_encoders()
-    first = re.split(r"[:+(]", name)[0]
-    if first != name and (first in connectors or ":" not in name):
-        card = f"info {first} shows its first link, " if first in connectors else ""
-        return f"'{name}' is a connector's recipe; {card}budget --connector '{name}' costs it"
-    if ":" in name or "[" in name:
-        return None
-    close = nearest(name.lower(), [*connectors, *encoders])
-    if not close.startswith("did you mean"):
-        close = f"of connectors {nearest(name, connectors)}; of encoders {nearest(name, encoders)}"
-    return f"no encoder or connector '{name}'; {close}"
 
 
 def _connector(name: str) -> dict[str, str]:

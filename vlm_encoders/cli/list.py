@@ -1,8 +1,9 @@
-"""`vlm-encoders list`: the encoders and connectors that have a name."""
+"""`vlm-encoders list`: the encoders, connectors and tilers that have a name."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,8 +14,9 @@ from vlm_encoders.cli.values import read_range
 
 if TYPE_CHECKING:
     from vlm_encoders.spec import EncoderSpec
+    from vlm_encoders.tiling.presets import Preset
 
-__all__ = ["list_names"]
+__all__ = ["list_names", "tiler_words"]
 
 
 def list_names(
@@ -24,14 +26,13 @@ def list_names(
     dim: Annotated[str | None, typer.Option(help="Only with tokens of this width: 1024, 768-1024 or 768-.")] = None,
     licence: Annotated[str | None, typer.Option(help="Only where the licence holds this word, such as mit.")] = None,
     connectors: Annotated[bool, typer.Option("--connectors", help="List connectors instead.")] = False,
+    tilers: Annotated[bool, typer.Option("--tilers", help="List tilers of large images instead.")] = False,
 ) -> None:
-    """List encoders (or connectors), with what they cost; nothing is downloaded."""
+    """List encoders (or connectors, or tilers), with what they cost; nothing is downloaded."""
     asked = {"--family": family, "--tokens": tokens, "--dim": dim, "--licence": licence}
     given = {option: value for option, value in asked.items() if value is not None}
-    if connectors:
-        if given:
-            raise VlmError(f"connectors are not chosen by {' and '.join(given)}; leave that out, or --connectors")
-        _list_connectors(pattern)
+    if connectors or tilers:
+        _list_others(pattern, list(given), connectors=connectors, tilers=tilers)
         return
     from vlm_encoders.registry import encoder_spec, list_encoders
 
@@ -55,6 +56,18 @@ def list_names(
         raise UnknownNameError(f"no encoder matches '{pattern}' {words}".rstrip() + f"; {hint}")
     headers = ("encoder", "family", "px", "tokens", "grid", "prefix", "width", "params", "licence")
     print_table(headers, [_row(spec) for spec in found], right=(3, 5, 6, 7))
+
+
+def _list_others(pattern: str, given: list[str], *, connectors: bool, tilers: bool) -> None:
+    if connectors and tilers:
+        raise VlmError("--connectors and --tilers are two lists; ask for one")
+    what = "connectors" if connectors else "tilers"
+    if given:
+        raise VlmError(f"{what} are not chosen by {' and '.join(given)}; leave that out, or --{what}")
+    if connectors:
+        _list_connectors(pattern)
+    else:
+        _list_tilers(pattern)
 
 
 def _within(number: int, least: int, most: int | None) -> bool:
@@ -111,3 +124,25 @@ def _list_connectors(pattern: str) -> None:
     other = f"; {', '.join(others)}" if others else ""
     # On stderr, so that a pipe gets the table alone.
     typer.echo(f"for one view of {ENCODER}, 24x24 tokens of width 1024, and an LLM of width {LLM_DIM}{other}", err=True)
+
+
+def tiler_words(preset: Preset) -> str:
+    """Say what a tiler does, and what tells it from others of its class."""
+    summary = (preset.tiler.__doc__ or "").splitlines()[0].rstrip(".")
+    options = [(key, value) for key, value in preset.options if key not in {"tile_size", "grids", "patch"}]
+    words = ", ".join(f"{key}={str(value).lower()}" for key, value in options)
+    return f"{summary} ({words})" if words else summary
+
+
+def _list_tilers(pattern: str) -> None:
+    from vlm_encoders.tiling import PRESETS
+
+    names = [name for name in PRESETS if fnmatchcase(name, pattern)]
+    if not names:
+        raise UnknownNameError(f"no tiler matches '{pattern}'; known are {', '.join(PRESETS)}")
+    rows = []
+    for name in names:
+        preset = PRESETS[name]
+        encoder = preset.encoder if preset.image_size is None else f"{preset.encoder} at {preset.image_size} px"
+        rows.append((name, encoder, preset.connector, tiler_words(preset), preset.source))
+    print_table(("tiler", "encoder", "connector", "what it does", "source"), rows)

@@ -16,6 +16,7 @@ from vlm_encoders.cli.encode import encode
 from vlm_encoders.cli.generate import generate
 from vlm_encoders.cli.info import info
 from vlm_encoders.cli.list import list_names
+from vlm_encoders.cli.tiles import tiles
 from vlm_encoders.cli.train import train
 
 __all__ = ["app", "main"]
@@ -33,6 +34,7 @@ app.command("list")(list_names)
 app.command("info")(info)
 app.command("encode")(encode)
 app.command("budget")(budget)
+app.command("tiles")(tiles)
 app.command("compare")(compare)
 app.command("train")(train)
 app.command("generate")(generate)

@@ -1,12 +1,52 @@
-"""Options of the sub-commands that hold one number or several."""
+"""Options of the sub-commands that hold numbers, sizes or names."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from connectors.errors import VlmError
 
-__all__ = ["read_layers", "read_range", "read_size"]
+if TYPE_CHECKING:
+    from vlm_encoders.tiling.presets import Preset
+
+__all__ = ["preset_of", "read_image_size", "read_layers", "read_range", "read_size"]
+
+
+def preset_of(tiler: str) -> Preset:
+    """Find the preset of a tiler that may have options behind its name.
+
+    Raises:
+        UnknownNameError: no tiler has this name.
+    """
+    from vlm_encoders.tiling import PRESETS, build_tiler
+
+    name = tiler.partition(":")[0].strip()
+    if name not in PRESETS:
+        build_tiler(name)
+    return PRESETS[name]
+
+
+def read_image_size(image: Path | None, size: str | None) -> tuple[int, int] | None:
+    """Give (height, width) of a picture, upright, or of HEIGHTxWIDTH in px; None without either.
+
+    Raises:
+        VlmError: both are given, the picture cannot be read, or the size is none.
+    """
+    if image is not None and size is not None:
+        raise VlmError(f"both a picture ({image}) and a size ({size}) were given; give one")
+    if image is not None:
+        from vlm_encoders.preprocess import load_image
+
+        picture = load_image(image)
+        return picture.height, picture.width
+    if size is None:
+        return None
+    match = re.fullmatch(r"(\d+)x(\d+)", size)
+    if match is None:
+        raise VlmError(f"'{size}' is no size; write HEIGHTxWIDTH in px, such as 480x640")
+    return int(match[1]), int(match[2])
 
 
 def read_size(text: str | None) -> int | tuple[int, int] | None:

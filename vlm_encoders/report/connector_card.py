@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from dataclasses import dataclass
 from typing import get_type_hints
 
@@ -12,6 +11,7 @@ from connectors.recipe import build_connector, connector_options
 from connectors.tokens import TokenSpec
 from vlm_encoders.budget import measure_connector
 from vlm_encoders.report.connector_examples import LLM_DIM, Example, connector_example
+from vlm_encoders.report.docstring import meanings
 
 __all__ = ["ConnectorCard", "ConnectorOption", "connector_card"]
 
@@ -93,23 +93,16 @@ def connector_card(name: str) -> ConnectorCard:
 
 def _options(cls: type[Connector], text: str) -> list[ConnectorOption]:
     hints = get_type_hints(cls.build)
-    meanings = _meanings(text)
+    said = meanings(text)
     return [
         ConnectorOption(
             name=option,
             default=_written(default),
             kind=_kind(hints[option]),
-            meaning=meanings.get(option) or (_WIDTH if option == "dim" else ""),
+            meaning=said.get(option) or (_WIDTH if option == "dim" else ""),
         )
         for option, default in connector_options(cls).items()
     ]
-
-
-def _meanings(text: str) -> dict[str, str]:
-    """Read the `Args:` of a docstring in Google's style."""
-    block = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", text, re.MULTILINE)
-    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", block[1], re.MULTILINE) if block else []
-    return {name: " ".join(meaning.split()).rstrip(".") for name, meaning in entries}
 
 
 def _kind(hint: object) -> str:
