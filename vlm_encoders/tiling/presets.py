@@ -150,7 +150,7 @@ PRESETS: dict[str, Preset] = {
         image_size=448,
     ),
     "native": Preset(AnySizeTiler, "dinov3-vit-b-16", "mlp", "https://arxiv.org/abs/2508.10104"),
-    # The areas of its training, 128 to 4096 patches; its authors publish no rule for use.
+    # 128 to 4096 patches: bounds of our own, as its authors publish no rule for use.
     "aimv2-native": Preset(
         AnySizeTiler,
         "aimv2-l-14-native",
