@@ -162,7 +162,7 @@ def test_prompts_are_those_of_transformers(name: str, grid: tuple[int, int]) -> 
     idefics.image_token, idefics.fake_image_token, idefics.global_image_tag = "<image>", AROUND, "<global-img>"
     idefics.image_seq_len = tokens
     known: dict[tuple[int, int], str] = {}
-    for size in image_sizes(3000):
+    for size in image_sizes(10_000):
         _, rows, columns = steps_of(sizes, size, tiler.tile_size, 4 * tiler.tile_size)
         if (rows, columns) not in known:
             theirs = idefics.replace_image_token({"rows": [[rows]], "cols": [[columns]]}, 0)

@@ -61,7 +61,7 @@ def uhd_slices(width: int, height: int, most: int, scale: int, patch: int) -> tu
 
 
 @pytest.mark.parametrize(
-    ("most", "scale", "patch", "count"), [(7, 336, 14, 10_000), (9, 448, 16, 3000), (1, 60, 7, 500)]
+    ("most", "scale", "patch", "count"), [(7, 336, 14, 10_000), (9, 448, 16, 10_000), (1, 60, 7, 500)]
 )
 def test_slices_are_those_of_llava_uhd(most: int, scale: int, patch: int, count: int) -> None:
     tiler = UHDTiler(scale, patch=patch, max_slices=most)
@@ -164,7 +164,7 @@ def ureader_grid(size: tuple[int, int], grids: tuple[tuple[int, int], ...], side
 
 
 @pytest.mark.parametrize(
-    ("grids", "side", "count"), [(UREADER_GRIDS, 224, 10_000), (DOCOWL_GRIDS, 448, 1000), (UREADER_GRIDS, 4, 500)]
+    ("grids", "side", "count"), [(UREADER_GRIDS, 224, 10_000), (DOCOWL_GRIDS, 448, 10_000), (UREADER_GRIDS, 4, 500)]
 )
 def test_grids_are_those_of_ureader(grids: tuple[tuple[int, int], ...], side: int, count: int) -> None:
     tiler = UReaderTiler(side, grids)

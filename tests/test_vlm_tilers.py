@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import DINOv3ViTConfig, DINOv3ViTModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from connectors import build_connector
-from connectors.errors import VlmError
+from connectors.errors import TokenShapeError, VlmError
 from vlm_encoders.encoder import Encoder
 from vlm_encoders.encoders.fused import FusedEncoder
 from vlm_encoders.registry import create_encoder
@@ -328,6 +328,16 @@ def test_a_batch_of_text_alone_has_no_views(built: tuple[VisionLanguageModel, VL
     batch = processor.collate([processor.sample(turns("w1")), processor.sample(turns("w2 w3"))])
     assert batch["pixel_values"] is None
     assert torch.isfinite(model(**batch).loss)
+
+
+def test_views_that_are_not_those_of_the_plans_are_refused(
+    built: tuple[VisionLanguageModel, VLMProcessor],
+) -> None:
+    model, processor = built
+    batch = processor.collate(mixed(processor))
+    for plans in (batch["plans"][:-1], [*batch["plans"], batch["plans"][0]]):
+        with pytest.raises(TokenShapeError, match=r"plans have \d+ views, got .* of \d+; pass the plans that"):
+            model.embed_images(batch["pixel_values"], plans)
 
 
 def test_no_view_is_no_image(built: tuple[VisionLanguageModel, VLMProcessor]) -> None:

@@ -1,14 +1,87 @@
-"""A batch as the model takes it, moved as a whole."""
+"""Samples, and the batch of them that the model takes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["to_device"]
+from connectors.errors import VlmError
+from vlm_encoders.tiling.plan import TilePlan
+from vlm_encoders.vlm.chat import IGNORED
+
+__all__ = ["Sample", "join_views", "pad_samples", "to_device"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation, ready for the model.
+
+    Attributes:
+        input_ids: T ids, image places expanded.
+        labels: T labels: ids on answers, -100 elsewhere.
+        pixel_values: (V, 3, S, S), the views of its images in order; a list of (3, H, W) under a tiler
+            whose views have sizes of their own; None for text alone.
+        plans: how each image was cut.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    pixel_values: Tensor | list[Tensor] | None
+    plans: list[TilePlan]
+
+
+def pad_samples(
+    samples: Sequence[Sample], pad_token_id: int, *, native: bool, padding_side: Literal["left", "right"]
+) -> dict[str, Any]:
+    """Pad samples to one batch; see `VLMProcessor.collate`.
+
+    Args:
+        samples: at least one.
+        pad_token_id: what fills up the ids.
+        native: whether views have sizes of their own.
+        padding_side: right for training, left for generation.
+
+    Raises:
+        VlmError: there is no sample.
+    """
+    if not samples:
+        raise VlmError("there is no sample to batch; give one or more")
+    length = max(len(sample.input_ids) for sample in samples)
+
+    def padded(values: list[int], fill: int) -> list[int]:
+        filling = [fill] * (length - len(values))
+        return values + filling if padding_side == "right" else filling + values
+
+    views = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+    return {
+        "input_ids": torch.tensor([padded(sample.input_ids, pad_token_id) for sample in samples]),
+        "attention_mask": torch.tensor([padded([1] * len(sample.input_ids), 0) for sample in samples]),
+        "labels": torch.tensor([padded(sample.labels, IGNORED) for sample in samples]),
+        "pixel_values": join_views(views, native=native),
+        "plans": [plan for sample in samples for plan in sample.plans],
+    }
+
+
+def join_views(parts: Sequence[Tensor | list[Tensor]], *, native: bool) -> Tensor | list[Tensor] | None:
+    """Join the views of images or of samples in their order.
+
+    Args:
+        parts: views of each, (V, 3, H, W) or (3, H, W) one by one.
+        native: whether views have sizes of their own.
+
+    Returns:
+        One tensor, or a list of (3, H, W) where views have sizes of their own, or None of no part.
+    """
+    if not parts:
+        return None
+    if native:
+        return [view for views in parts for view in views]
+    tensors = [views if isinstance(views, Tensor) else torch.stack(views) for views in parts]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

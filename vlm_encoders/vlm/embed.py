@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from connectors.base import Connector
-from connectors.errors import VlmError
+from connectors.errors import TokenShapeError, VlmError
 from connectors.tokens import PackedTokens, VisualTokens
 from vlm_encoders.encoder import Encoder
 from vlm_encoders.packing import pack
@@ -40,6 +40,7 @@ def embed_views(
             least; None for all at once.
 
     Raises:
+        TokenShapeError: scales are joined, and the views are not those of the plans.
         VlmError: `chunk_tokens` is no number of tokens.
     """
     check_chunk(chunk_tokens)
@@ -50,6 +51,12 @@ def embed_views(
     if not layout.scales:
         # Chunk by chunk to the end: what the encoder gives may be wider than what the LLM takes.
         return _joined(connector(chunk) for chunk in encoded)
+    asked = sum(plan.num_views for plan in plans)
+    if asked != len(pixel_values):
+        raise TokenShapeError(
+            f"{len(plans)} plans have {asked} views, got pixels of {len(pixel_values)}; pass the plans that they were "
+            "cut with"
+        )
     return _joined(join_image(connector, layout, tokens, plan, views) for tokens, plan in _by_image(encoded, plans))
 
 

@@ -14,6 +14,7 @@ from vlm_encoders.tiling.markers import Markers
 from vlm_encoders.tiling.pixels import TilePixels
 from vlm_encoders.tiling.plan import TilePlan
 from vlm_encoders.tiling.tiler import Tiler
+from vlm_encoders.vlm.batch import join_views
 from vlm_encoders.vlm.chat import Message
 from vlm_encoders.vlm.placeholders import check_places
 
@@ -87,15 +88,8 @@ class ImagePrompts:
 
     def views(self, planned: Sequence[PlannedImage]) -> Tensor | list[Tensor] | None:
         """Make the pixels of all views: (V, 3, S, S), a list where they have sizes of their own, None of no image."""
-        import torch
-
-        if not planned:
-            return None
         made = [self.pixels(image.levels, image.plan) for image in planned]
-        if len(made) == 1 and not self.counts.tiler.native:
-            return made[0]
-        views = [view for image in made for view in image]
-        return views if self.counts.tiler.native else torch.stack(views)
+        return join_views(made, native=self.counts.tiler.native)
 
 
 class MarkCounter:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,38 +14,19 @@ from connectors.base import Connector
 from connectors.errors import VlmError
 from vlm_encoders.encoder import Encoder
 from vlm_encoders.preprocess import ImageLike
-from vlm_encoders.tiling import TilePlan, Tiler, WholeImage, tiler_from_config
+from vlm_encoders.tiling import Tiler, WholeImage, tiler_from_config
 from vlm_encoders.tiling.counts import Budgets, TokenCounts, budgets_of
 from vlm_encoders.tiling.pixels import TilePixels
 from vlm_encoders.vlm.atomic import atomic_folder
+from vlm_encoders.vlm.batch import Sample, pad_samples
 from vlm_encoders.vlm.chat import IGNORED, Message, render, tokenize_with_labels
 from vlm_encoders.vlm.image_prompts import ImagePrompts, MarkCounter, PlannedImage, check_markers
 from vlm_encoders.vlm.placeholders import expand_placeholders
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from vlm_encoders.vlm.model import VisionLanguageModel
 
 __all__ = ["Sample", "VLMProcessor"]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One conversation, ready for the model.
-
-    Attributes:
-        input_ids: T ids, image places expanded.
-        labels: T labels: ids on answers, -100 elsewhere.
-        pixel_values: (V, 3, S, S), the views of its images in order; a list of (3, H, W) under a tiler
-            whose views have sizes of their own; None for text alone.
-        plans: how each image was cut.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    pixel_values: Tensor | list[Tensor] | None
-    plans: list[TilePlan]
 
 
 class VLMProcessor:
@@ -195,27 +175,13 @@ class VLMProcessor:
         Returns:
             The keyword arguments of the model's `forward`: input_ids, attention_mask and labels
             (B, T), pixel_values (V, 3, S, S), or a list of (3, H, W), or None, and the plans of all images.
-        """
-        import torch
 
-        if not samples:
-            raise VlmError("there is no sample to batch; give one or more")
-        length = max(len(sample.input_ids) for sample in samples)
+        Raises:
+            VlmError: there is no sample.
+        """
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
-
-        def padded(values: list[int], fill: int) -> list[int]:
-            filling = [fill] * (length - len(values))
-            return values + filling if padding_side == "right" else filling + values
-
-        views = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
-        return {
-            "input_ids": torch.tensor([padded(sample.input_ids, pad or 0) for sample in samples]),
-            "attention_mask": torch.tensor([padded([1] * len(sample.input_ids), 0) for sample in samples]),
-            "labels": torch.tensor([padded(sample.labels, IGNORED) for sample in samples]),
-            "pixel_values": _together(views),
-            "plans": [plan for sample in samples for plan in sample.plans],
-        }
+        return pad_samples(samples, pad or 0, native=self.tiler.native, padding_side=padding_side)
 
     def _plan(self, images: Sequence[ImageLike], max_tokens: Budgets) -> list[PlannedImage]:
         own = self.max_image_tokens
@@ -234,13 +200,3 @@ class VLMProcessor:
                 "max_image_tokens, or raise max_length"
             )
         return Sample(expanded, expanded_labels, self._prompts.views(planned), [image.plan for image in planned])
-
-
-def _together(samples: Sequence[Tensor | list[Tensor]]) -> Tensor | list[Tensor] | None:
-    """Join the views of samples: one tensor, or one list where they have sizes of their own."""
-    import torch
-
-    if not samples:
-        return None
-    tensors = [views for views in samples if isinstance(views, torch.Tensor)]
-    return torch.cat(tensors) if tensors else [view for views in samples for view in views]
