@@ -1,7 +1,5 @@
-"""Optimizer groups and the learning-rate schedule."""
+"""Optimizer groups: each trained parameter once, at the rate of its part."""
 
-import math
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,55 +14,24 @@ from vlm_encoders.tiling.layout import TileLayout
 from vlm_encoders.training.optim import (
     _NO_DECAY,
     build_optimizer,
-    build_schedule,
-    cosine_with_warmup,
     parameter_groups,
 )
 from vlm_encoders.vlm.model import VisionLanguageModel
-from vlm_encoders.vlm.stages import STAGE_1, STAGE_2_LORA, STAGE_3, StagePolicy, apply_stage, trainable_parameters
+from vlm_encoders.vlm.stages import (
+    STAGE_1,
+    STAGE_2_LORA,
+    STAGE_3,
+    PartPolicy,
+    StagePolicy,
+    apply_stage,
+    trainable_parameters,
+)
 
 
 @pytest.fixture
 def model(clip: Encoder, llama: Any) -> VisionLanguageModel:
     torch.manual_seed(3)
     return VisionLanguageModel(clip, MLP(32, 32), llama, image_token_id=60, layout=TileLayout(unpad=True, newline=True))
-
-
-def test_the_schedule_has_the_values_of_its_formula() -> None:
-    values = [cosine_with_warmup(step, total=14, warmup=4, floor=0.1) for step in range(16)]
-    assert values[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
-    assert values[9] == pytest.approx(0.1 + 0.9 * 0.5)
-    assert values[14] == pytest.approx(0.1)
-    assert values[15] == values[14]
-    assert all(earlier > later for earlier, later in pairwise(values[4:15]))
-
-
-def test_after_the_warm_up_it_is_torchs_cosine() -> None:
-    weight = nn.Parameter(torch.zeros(1))
-    ours = torch.optim.SGD([weight], lr=0.3)
-    theirs = torch.optim.SGD([weight], lr=0.3)
-    schedule = build_schedule(ours, kind="cosine", total=20, warmup_ratio=0.0, floor=0.0)
-    reference = torch.optim.lr_scheduler.CosineAnnealingLR(theirs, T_max=20)
-    for _ in range(20):
-        assert schedule.get_last_lr()[0] == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
-        for optimizer, line in ((ours, schedule), (theirs, reference)):
-            optimizer.step()
-            line.step()
-
-
-def test_a_constant_schedule_warms_up_and_stays() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = build_schedule(optimizer, kind="constant", total=10, warmup_ratio=0.1, floor=0.0)
-    rates = []
-    for _ in range(5):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert rates == [1.0, 2.0, 2.0, 2.0, 2.0]
-
-
-def test_a_run_of_one_step_moves() -> None:
-    assert cosine_with_warmup(0, total=1, warmup=math.ceil(0.03)) > 0
 
 
 @pytest.mark.parametrize("stage", [STAGE_1, STAGE_2_LORA, STAGE_3])
@@ -139,6 +106,34 @@ def test_a_frozen_part_that_was_unfrozen_is_caught(model: VisionLanguageModel) -
     next(model.llm.parameters()).requires_grad_(True)
     with pytest.raises(VlmError, match="froze the llm, but 1 of its parameters require a gradient"):
         build_optimizer(model)
+
+
+@pytest.mark.parametrize(
+    ("policy", "words", "stray"),
+    [
+        (PartPolicy("train", lr=1.0, last_blocks=1), "last 1 block", "encoder.network.encoder.layers.0"),
+        (PartPolicy("train", lr=1.0, norms_only=True), "norms", "encoder.network.encoder.layers.0.mlp.fc1.weight"),
+        (PartPolicy("lora", lr=1.0, lora_rank=2), "lora r=2", "encoder.network.encoder.layers.0.mlp.fc1.base_layer"),
+    ],
+    ids=["blocks", "norms", "adapters"],
+)
+def test_what_a_part_holds_frozen_beside_what_trains_is_caught(
+    model: VisionLanguageModel, policy: PartPolicy, words: str, stray: str
+) -> None:
+    apply_stage(model, StagePolicy("s", policy))
+    weight = next(parameter for name, parameter in model.named_parameters() if name.startswith(stray))
+    weight.requires_grad_(True)
+    with pytest.raises(VlmError, match=rf"froze the encoder but for {words}, but 1 of its parameters .*'{stray}"):
+        build_optimizer(model)
+
+
+def test_a_policys_own_decay_stands_over_the_runs(model: VisionLanguageModel) -> None:
+    apply_stage(
+        model, StagePolicy("s", connector=PartPolicy("train", lr=1.0), llm=PartPolicy("train", 1.0, weight_decay=0))
+    )
+    groups = parameter_groups(model, learning_rate=None, weight_decay=0.1)
+    decays = {(group["unit"], group["part"], group["weight_decay"]) for group in groups}
+    assert decays == {("connector", "connector", 0.1), ("connector", "connector", 0.0), ("llm", "llm", 0.0)}
 
 
 def test_a_trained_part_that_was_frozen_is_caught(model: VisionLanguageModel) -> None:

@@ -1,4 +1,4 @@
-"""`vlm-encoders info`: the card of one encoder, connector or tiler."""
+"""`vlm-encoders info`: the card of one encoder, connector, tiler or stage."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import typer
 
 from connectors.errors import UnknownNameError, VlmError
 from vlm_encoders.cli.console import count, print_card
+from vlm_encoders.cli.info_stage import print_stage
 from vlm_encoders.cli.info_tiler import print_tiler
 from vlm_encoders.cli.unknown import unknown_name
 from vlm_encoders.cli.values import read_layers, read_size
+from vlm_encoders.vlm.published import PUBLISHED
 
 if TYPE_CHECKING:
     from vlm_encoders.report.connector_card import ConnectorOption
@@ -25,20 +27,26 @@ def info(
     name: Annotated[
         str,
         typer.Argument(
-            help="Encoder (timm:..., open_clip:..., hf:..., fused:... too), connector, or tiler (internvl:max_tiles=6)."
+            help="Encoder (timm:..., open_clip:..., hf:..., fused:... too), connector, tiler (internvl:max_tiles=6), "
+            "or training stage."
         ),
     ],
     image_size: Annotated[str | None, typer.Option(help="Side or HEIGHTxWIDTH of a view in px.")] = None,
     feature_layer: Annotated[str | None, typer.Option(help="Layer from the end, -1 the last; several: -2,-5.")] = None,
+    toml: Annotated[bool, typer.Option("--toml", help="Of a stage: its published settings alone, as a file.")] = False,
 ) -> None:
-    """Print what is known of an encoder, a connector or a tiler; nothing is downloaded or built."""
+    """Print what is known of an encoder, a connector, a tiler or a stage; nothing is downloaded or built."""
     from vlm_encoders.registry import chosen_spec
 
-    kind = "tiler" if _is_tiler(name) else "connector" if _is_connector(name) else "encoder"
+    kind = _kind(name)
+    if toml and kind != "stage":
+        raise VlmError(f"'{name}' is no training stage, which --toml is of; see list --stages")
     if kind != "encoder":
         if image_size is not None or feature_layer is not None:
             raise VlmError(f"'{name}' is a {kind}; --image-size and --feature-layer are of encoders, leave them out")
-        if kind == "tiler":
+        if kind == "stage":
+            print_stage(PUBLISHED[name], toml=toml)
+        elif kind == "tiler":
             print_tiler(name)
         else:
             print_card(_connector(name))
@@ -69,6 +77,12 @@ def info(
         "source": spec.reference or "unknown",
     }
     print_card(card)
+
+
+def _kind(name: str) -> str:
+    if name in PUBLISHED:
+        return "stage"
+    return "tiler" if _is_tiler(name) else "connector" if _is_connector(name) else "encoder"
 
 
 def _is_tiler(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""`vlm-encoders list`: the encoders, connectors and tilers that have a name."""
+"""`vlm-encoders list`: the encoders, connectors, tilers and stages that have a name."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["list_names", "tiler_words"]
 
+_COUNTS = {2: "two", 3: "three"}
+
 
 def list_names(
     pattern: Annotated[str, typer.Argument(help="Shell pattern of the name, such as '*-l-14*'.")] = "*",
@@ -27,12 +29,14 @@ def list_names(
     licence: Annotated[str | None, typer.Option(help="Only where the licence holds this word, such as mit.")] = None,
     connectors: Annotated[bool, typer.Option("--connectors", help="List connectors instead.")] = False,
     tilers: Annotated[bool, typer.Option("--tilers", help="List tilers of large images instead.")] = False,
+    stages: Annotated[bool, typer.Option("--stages", help="List training stages instead.")] = False,
 ) -> None:
-    """List encoders (or connectors, or tilers), with what they cost; nothing is downloaded."""
+    """List encoders (or connectors, tilers, or stages), with what they cost; nothing is downloaded."""
     asked = {"--family": family, "--tokens": tokens, "--dim": dim, "--licence": licence}
     given = {option: value for option, value in asked.items() if value is not None}
-    if connectors or tilers:
-        _list_others(pattern, list(given), connectors=connectors, tilers=tilers)
+    others = {"connectors": connectors, "tilers": tilers, "stages": stages}
+    if chosen := [kind for kind, wanted in others.items() if wanted]:
+        _list_others(chosen, pattern, list(given))
         return
     from vlm_encoders.registry import encoder_spec, list_encoders
 
@@ -58,16 +62,13 @@ def list_names(
     print_table(headers, [_row(spec) for spec in found], right=(3, 5, 6, 7))
 
 
-def _list_others(pattern: str, given: list[str], *, connectors: bool, tilers: bool) -> None:
-    if connectors and tilers:
-        raise VlmError("--connectors and --tilers are two lists; ask for one")
-    what = "connectors" if connectors else "tilers"
+def _list_others(kinds: list[str], pattern: str, given: list[str]) -> None:
+    if len(kinds) > 1:
+        raise VlmError(f"{' and '.join(f'--{kind}' for kind in kinds)} are {_COUNTS[len(kinds)]} lists; ask for one")
+    kind = kinds[0]
     if given:
-        raise VlmError(f"{what} are not chosen by {' and '.join(given)}; leave that out, or --{what}")
-    if connectors:
-        _list_connectors(pattern)
-    else:
-        _list_tilers(pattern)
+        raise VlmError(f"{kind} are not chosen by {' and '.join(given)}; leave that out, or --{kind}")
+    {"connectors": _list_connectors, "tilers": _list_tilers, "stages": _list_stages}[kind](pattern)
 
 
 def _within(number: int, least: int, most: int | None) -> bool:
@@ -146,3 +147,14 @@ def _list_tilers(pattern: str) -> None:
         encoder = preset.encoder if preset.image_size is None else f"{preset.encoder} at {preset.image_size} px"
         rows.append((name, encoder, preset.connector, tiler_words(preset), preset.source))
     print_table(("tiler", "encoder", "connector", "what it does", "source"), rows)
+
+
+def _list_stages(pattern: str) -> None:
+    from vlm_encoders.cli.info_stage import part_words, rates
+    from vlm_encoders.vlm.published import PUBLISHED
+
+    found = [stage for name, stage in PUBLISHED.items() if fnmatchcase(name, pattern)]
+    if not found:
+        raise UnknownNameError(f"no stage matches '{pattern}'; known are {', '.join(PUBLISHED)}")
+    rows = [(stage.name, *part_words(stage.policy), rates(stage.policy), stage.source) for stage in found]
+    print_table(("stage", "encoder", "connector", "llm", "learning rates", "source"), rows)

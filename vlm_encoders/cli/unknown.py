@@ -8,11 +8,12 @@ __all__ = ["unknown_name"]
 
 
 def unknown_name(name: str) -> str | None:
-    """Say what a name could mean among encoders, connectors and tilers; None where it has the form of an encoder's."""
+    """Say what a name could mean among all that have one; None where it has the form of an encoder's."""
     from connectors.base import list_connectors
     from connectors.registry import nearest
     from vlm_encoders.registry import list_encoders
     from vlm_encoders.tiling import PRESETS
+    from vlm_encoders.vlm.published import PUBLISHED
 
     connectors, encoders = list_connectors(), list_encoders()
     first = re.split(r"[:+(]", name)[0]
@@ -23,8 +24,8 @@ def unknown_name(name: str) -> str | None:
     if ":" in name or "[" in name:
         close = nearest(first.lower(), tilers)
         return f"no tiler '{first}'; {close}" if "=" in name and close.startswith("did you mean") else None
-    close = nearest(name.lower(), [*connectors, *encoders, *tilers])
+    close = nearest(name.lower(), [*connectors, *encoders, *tilers, *PUBLISHED])
     if not close.startswith("did you mean"):
-        kinds = {"connectors": connectors, "encoders": encoders, "tilers": tilers}
+        kinds = {"connectors": connectors, "encoders": encoders, "tilers": tilers, "stages": list(PUBLISHED)}
         close = "; ".join(f"of {kind} {nearest(name, names)}" for kind, names in kinds.items())
-    return f"no encoder, connector or tiler '{name}'; {close}"
+    return f"no encoder, connector, tiler or stage '{name}'; {close}"

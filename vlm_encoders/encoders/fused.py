@@ -25,7 +25,7 @@ class FusedEncoder(Encoder):
     """Encoders that see the same view, each with pixels of its own; prefix tokens are dropped.
 
     A view's pixels are (L,): those of each part, flattened, one part after another. `blocks()`
-    gives all parts' blocks, part by part, so a stage's `last_blocks` counts from the last part's end.
+    gives all parts' blocks, part by part; a stage has a policy for each part, or one for all alike.
 
     Args:
         encoders: two or more, in order, all of one dtype.

@@ -1,24 +1,22 @@
-"""The optimizer of a stage: each trained parameter once, at the rate of its part."""
+"""The optimizer of a stage: each trained parameter once, at the rate of its unit and depth."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import AdamW
 
 from connectors.errors import VlmError
-from vlm_encoders.vlm.stages import PARTS, Part, trainable_parameters
+from vlm_encoders.vlm.blocks import chosen_parameters, layer_scales
+from vlm_encoders.vlm.units import Unit, unit_parameters, units
 
 if TYPE_CHECKING:
     from vlm_encoders.vlm.model import VisionLanguageModel
 
-__all__ = ["build_optimizer", "build_schedule", "cosine_with_warmup", "parameter_groups"]
+__all__ = ["build_optimizer", "parameter_groups"]
 
 # Learned tokens and positions are matrices by shape only: decay would pull content to zero.
 _NO_DECAY = (
@@ -49,78 +47,73 @@ def build_optimizer(
 def parameter_groups(
     model: VisionLanguageModel, *, learning_rate: float | None, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Sort the trained parameters into groups by part, with and without decay.
+    """Sort the trained parameters into groups by unit, with and without decay, and by depth.
 
     Norms, biases and all else of one dimension, learned tokens and position embeddings
-    have no decay.
+    have no decay. Where a policy has `layer_decay`, the rate falls with the depth of the layer,
+    and a unit's groups run from the deepest, the embedding, to the last.
+
+    Returns:
+        Groups of `params`, `lr`, `weight_decay`, `part` and `unit`.
 
     Raises:
-        VlmError: no stage is applied, nothing trains, a part trains that the stage froze
-            or the reverse, a parameter belongs to no part or to two, or is float16.
+        VlmError: no stage is applied, nothing trains, a unit trains that the stage froze
+            or the reverse, a parameter belongs to no unit or to two, or is float16.
     """
-    parts = trainable_parameters(model)
-    _check_parts(model, parts)
+    trained = _trained(model)
     groups = []
-    for part, named in parts.items():
-        rate = learning_rate if learning_rate is not None else _stage_rate(model, part)
-        for decays in (True, False):
-            chosen = [parameter for name, parameter in named if _decays(name, parameter) is decays]
-            if chosen:
-                decay = weight_decay if decays else 0.0
-                groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "part": part})
+    for unit, named in trained:
+        rate = unit.policy.lr if learning_rate is None else learning_rate
+        decay = weight_decay if unit.policy.weight_decay is None else unit.policy.weight_decay
+        scales = layer_scales(unit)
+        chosen: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for name, parameter in named:
+            chosen.setdefault((scales.get(id(parameter), 1.0), not _decays(name, parameter)), []).append(parameter)
+        groups += [
+            {
+                "params": chosen[scale, bare],
+                "lr": rate * scale,
+                "weight_decay": 0.0 if bare else decay,
+                "part": unit.part,
+                "unit": unit.name,
+            }
+            for scale, bare in sorted(chosen)
+        ]
     return groups
-
-
-def cosine_with_warmup(step: int, total: int, warmup: int, floor: float = 0.0) -> float:
-    """Give the factor on the peak learning rate at a step, counted from 0.
-
-    It rises in even parts over the warm-up, so that the first step moves too, is 1 at
-    step `warmup`, and falls as half a cosine to `floor` at step `total`.
-
-    Source: arXiv 1608.03983, section 3, without restarts.
-    """
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def build_schedule(optimizer: Optimizer, *, kind: str, total: int, warmup_ratio: float, floor: float) -> LambdaLR:
-    """Make the learning-rate schedule of a run of `total` steps."""
-    warmup = math.ceil(warmup_ratio * total)
-    # A floor of 1 is a warm-up and then the peak rate.
-    factor = partial(cosine_with_warmup, total=total, warmup=warmup, floor=1.0 if kind == "constant" else floor)
-    return LambdaLR(optimizer, factor)
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not any(word in name for word in _NO_DECAY)
 
 
-def _stage_rate(model: VisionLanguageModel, part: Part) -> float:
-    return model.stage.part(part).lr if model.stage is not None else 0.0
-
-
-def _check_parts(model: VisionLanguageModel, parts: dict[Part, list[tuple[str, nn.Parameter]]]) -> None:
+def _trained(model: VisionLanguageModel) -> list[tuple[Unit, list[tuple[str, nn.Parameter]]]]:
+    """Give what trains by unit, held to the policies of the model's stage."""
     stage = model.stage
     if stage is None:
         raise VlmError("the model has no stage, so nothing says what trains; call apply_stage(model, STAGE_1) first")
-    for part in PARTS:
-        frozen = stage.part(part).mode == "frozen"
-        if frozen and parts[part]:
+    trained = []
+    for unit in units(model):
+        named = list(unit_parameters(model, unit))
+        chosen = chosen_parameters(unit, named)
+        mine = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        strays = [name for name, parameter in mine if id(parameter) not in chosen]
+        if strays:
+            rest = "" if not unit.policy.trains else f" but for {unit.policy.words()}"
             raise VlmError(
-                f"stage '{stage.name}' froze the {part}, but {len(parts[part])} of its parameters require a gradient, "
-                f"'{parts[part][0][0]}' first; call apply_stage again, or train the part by its policy"
+                f"stage '{stage.name}' froze the {unit.name}{rest}, but {len(strays)} of its parameters require a "
+                f"gradient, '{strays[0]}' first; call apply_stage again, or train the part by its policy"
             )
-        if not frozen and not parts[part]:
-            raise VlmError(f"stage '{stage.name}' trains the {part}, but it has no trainable parameter")
-    named = [pair for pairs in parts.values() for pair in pairs]
-    if not named:
+        if unit.policy.trains and not mine:
+            raise VlmError(f"stage '{stage.name}' trains the {unit.name}, but it has no trainable parameter")
+        trained.append((unit, mine))
+    together = [pair for _, mine in trained for pair in mine]
+    if not together:
         raise VlmError(f"stage '{stage.name}' trains nothing; use a stage such as STAGE_1 that trains a part")
-    _check_once(named, ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad))
-    half = [name for name, parameter in named if parameter.dtype == torch.float16]
+    _check_once(together, ((name, each) for name, each in model.named_parameters() if each.requires_grad))
+    half = [name for name, parameter in together if parameter.dtype == torch.float16]
     if half:
         raise VlmError(f"'{half[0]}' would train in float16, whose updates vanish or overflow; use bfloat16 or float32")
+    return trained
 
 
 def _check_once(named: list[tuple[str, nn.Parameter]], trained: Iterable[tuple[str, nn.Parameter]]) -> None:

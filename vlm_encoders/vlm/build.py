@@ -13,6 +13,7 @@ from vlm_encoders.registry import create_encoder, encoder_spec
 from vlm_encoders.tiling import Tiler, WholeImage, build_tiler
 from vlm_encoders.vlm.model import VisionLanguageModel
 from vlm_encoders.vlm.processor import VLMProcessor
+from vlm_encoders.vlm.quantize import Quantize, quantization_options
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,7 @@ def build_model(
     max_image_tokens: int | None = None,
     chunk_tokens: int | None = None,
     seed: int = 0,
+    quantize: Quantize = "no",
 ) -> tuple[VisionLanguageModel, VLMProcessor]:
     """Plug an encoder into an LLM: the model in eval mode, and the processor that feeds it.
 
@@ -51,12 +53,14 @@ def build_model(
         max_image_tokens: the most tokens that an image may cost, markers included; None for no limit.
         chunk_tokens: the most tokens that the encoder sees at once; see `VisionLanguageModel`.
         seed: of the connector's initial weights; the global generator has no part in them.
+        quantize: "nf4" to hold the LLM in 4 bits, for a stage of mode "qlora"; needs bitsandbytes.
 
     Raises:
         UnknownNameError: a name is not known; the nearest are given.
         VlmError: the parts do not fit each other, or cannot be loaded.
     """
-    # A name that leads nowhere is told before gigabytes are read.
+    # What leads nowhere is told before gigabytes are read.
+    quantization_options(quantize, dtype)
     spec = encoder.spec if isinstance(encoder, Encoder) else encoder_spec(encoder)
     if not (tiler is None or isinstance(tiler, (str, Tiler))):
         raise VlmError(f"a tiler is a name such as llava-next, or a Tiler, got {type(tiler).__name__}")
@@ -71,7 +75,7 @@ def build_model(
             f"a connector is a recipe or a Connector, got {type(connector).__name__}; write a recipe such as mlp, or "
             "make one of released weights by load_released"
         )
-    language_model, tokenizer = load_llm(llm, dtype)
+    language_model, tokenizer = load_llm(llm, dtype, quantize)
     vision = encoder if isinstance(encoder, Encoder) else create_encoder(encoder, pretrained=pretrained, dtype=dtype)
     width = language_model.get_input_embeddings().embedding_dim  # type: ignore[operator]
     if isinstance(connector, str):
@@ -98,16 +102,19 @@ def build_model(
     return model.eval(), processor
 
 
-def load_llm(source: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any]:
+def load_llm(source: str | Path, dtype: torch.dtype | None = None, quantize: Quantize = "no") -> tuple[nn.Module, Any]:
     """Load a causal LM and its tokenizer from the hub, its cache, or a folder.
 
     Args:
         source: hub id or local folder.
         dtype: of the parameters; None for float32.
+        quantize: "nf4" to hold the linear layers in 4 bits, "no" as they are.
 
     Raises:
-        VlmError: there is no such model here and no network to fetch it, or it lacks weights.
+        VlmError: there is no such model here and no network to fetch it, it lacks weights, or
+            bitsandbytes is asked for and not installed.
     """
+    options = quantization_options(quantize, dtype)
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -121,7 +128,7 @@ def load_llm(source: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.M
         tokenizer = AutoTokenizer.from_pretrained(place)
         what = "model"
         llm, report = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype or torch.float32, output_loading_info=True
+            place, dtype=dtype or torch.float32, output_loading_info=True, **options
         )
     except (OSError, ValueError, SafetensorError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
