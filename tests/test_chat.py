@@ -152,18 +152,18 @@ def test_without_a_template_the_turns_are_vicunas() -> None:
     assert render(tokenizer, messages[:2], generation_prompt=True).endswith("see? ASSISTANT:")
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+def test_a_template_that_leaves_earlier_answers_out_is_refused() -> None:
     dropping = LOOP + "{{ m.role }}: {{ m.content if loop.last or m.role == 'user' else '...' }}</s>{% endfor %}"
-    with pytest.raises(VlmError, match=r"writes turn 2 or one before it differently once more turns follow"):
+    with pytest.raises(VlmError, match=r"writes the content of turn 2 \(assistant\) 0 times"):
         tokenize_with_labels(make_tokenizer(dropping), CONVERSATION)
 
 
 def test_an_answer_without_a_token_of_its_own_is_refused() -> None:
     # Neither an end of turn nor text: nothing could be learned, and nobody would be told.
-    bare = LOOP + "{{ m.role }}:{{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    bare = LOOP + "{{ m.role }}:{{ m.content }}{% if loop.last and m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
     messages = [CONVERSATION[0], {"role": "assistant", "content": ""}, *CONVERSATION[:2]]
-    tokenizer = make_tokenizer(bare.replace(" {% endfor", "{% endfor"))
-    with pytest.raises(VlmError, match="writes turn 2"):
+    tokenizer = make_tokenizer(bare + "{% if add_generation_prompt %}assistant:{% endif %}")
+    with pytest.raises(VlmError, match="1 of 2 answers have no token of their own"):
         tokenize_with_labels(tokenizer, messages)
 
 
