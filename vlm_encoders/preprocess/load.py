@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
@@ -19,7 +21,17 @@ from vlm_encoders.preprocess.sizes import MAX_PIXELS
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Levels", "load_image", "load_levels", "picture_of", "size_of", "tensor_of"]
+__all__ = [
+    "Levels",
+    "load_image",
+    "load_levels",
+    "open_encoded",
+    "picture_of",
+    "read_encoded",
+    "reading",
+    "size_of",
+    "tensor_of",
+]
 
 Levels: TypeAlias = "Image.Image | Tensor"
 """An upright RGB image as Pillow holds it, or as (H, W, 3) uint8."""
@@ -47,8 +59,8 @@ def load_image(image: ImageLike, *, background: tuple[int, int, int] = WHITE) ->
     if isinstance(image, Image.Image):
         return to_rgb(image, "the image", background)
     if is_encoded(image):
-        data, name = _read(image)
-        return to_rgb(_open(data, name), name, background)
+        data, name = read_encoded(image)
+        return to_rgb(open_encoded(io.BytesIO(data), name), name, background)
     return to_rgb(Image.fromarray(as_array(image)), "the array", background)
 
 
@@ -68,8 +80,8 @@ def load_levels(image: ImageLike, *, by_torch: bool) -> Levels:
     if isinstance(image, Image.Image):
         return to_rgb(image, "the image", copy=False)
     if is_encoded(image):
-        data, name = _read(image)
-        opened = _open(data, name)
+        data, name = read_encoded(image)
+        opened = open_encoded(io.BytesIO(data), name)
         check_pixels((opened.height, opened.width), name)
         levels = decode_jpeg(opened, data) if by_torch else None
         return to_rgb(opened, name, copy=False) if levels is None else levels
@@ -101,16 +113,32 @@ def tensor_of(levels: Levels | np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) 
         return torch.from_numpy(np.asarray(levels))
 
 
-def _read(image: Encoded) -> tuple[bytes, str]:
-    """Give the bytes of an encoded image, and its name for sentences."""
+def read_encoded(image: Encoded) -> tuple[bytes, str]:
+    """Give the bytes of an encoded image, and its name for sentences.
+
+    Raises:
+        VlmError: it is missing, or cannot be read.
+    """
     if isinstance(image, (bytes, bytearray, memoryview)):
         return bytes(image), "image bytes"
     if not isinstance(image, (str, Path)):
         return _read_open(image)
     path = Path(image)
+    with reading(path) as name:
+        return path.read_bytes(), name
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[str]:
+    """Give the name of an image file for sentences, while it is read.
+
+    Raises:
+        VlmError: it is missing, a folder, or cannot be read.
+    """
     try:
         if path.is_file():
-            return path.read_bytes(), f"image '{path}'"
+            yield f"image '{path}'"
+            return
         what = "a folder" if path.is_dir() else "missing"
     except OSError as error:
         # What is too long for a path is often an encoded image; its beginning is enough to know it.
@@ -133,17 +161,26 @@ def _read_open(file: BinaryIO) -> tuple[bytes, str]:
     return data, name
 
 
-def _open(data: bytes, name: str) -> Image.Image:
-    """Read the header; nothing is decoded."""
-    if not data:
-        raise VlmError(f"{name} is empty (0 bytes); give an image file")
+def open_encoded(file: BinaryIO, name: str) -> Image.Image:
+    """Read the header of an encoded image; nothing is decoded.
+
+    Args:
+        file: its bytes, open.
+        name: what sentences call it.
+
+    Raises:
+        VlmError: it is empty, no image, too large or broken.
+    """
     try:
         with warnings.catch_warnings():
             # Pillow warns at half of the limit at which it refuses.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data))
+            return Image.open(file)
     except UnidentifiedImageError:
-        raise VlmError(f"{name} is no image that Pillow can read ({len(data)} bytes); check the file") from None
+        size = file.seek(0, io.SEEK_END)
+        if not size:
+            raise VlmError(f"{name} is empty (0 bytes); give an image file") from None
+        raise VlmError(f"{name} is no image that Pillow can read ({size} bytes); check the file") from None
     except Image.DecompressionBombError:
         raise VlmError(f"{name} is over the limit of {MAX_PIXELS} px; shrink it first") from None
     except Exception as error:

@@ -16,7 +16,16 @@ from vlm_encoders.spec import EncoderSpec
 from vlm_encoders.tiling.layout import TileLayout
 from vlm_encoders.tiling.plan import Size, TilePlan
 
-__all__ = ["check_chunk", "dtype_of", "embed_packed", "embed_views", "first_weight", "join_image", "view_tokens"]
+__all__ = [
+    "check_chunk",
+    "connect",
+    "dtype_of",
+    "embed_packed",
+    "embed_views",
+    "first_weight",
+    "join_image",
+    "view_tokens",
+]
 
 
 def embed_views(
@@ -58,6 +67,31 @@ def embed_views(
             "cut with"
         )
     return _joined(join_image(connector, layout, tokens, plan, views) for tokens, plan in _by_image(encoded, plans))
+
+
+def connect(
+    connector: Connector, layout: TileLayout, visual: VisualTokens | PackedTokens, plans: Sequence[TilePlan]
+) -> VisualTokens | PackedTokens:
+    """Bring views that are encoded already to the LLM's width.
+
+    Args:
+        connector: reads their tokens.
+        layout: joins scales where it has them.
+        visual: the tokens as the encoder gives them.
+        plans: of the images that the views are of.
+
+    Raises:
+        TokenShapeError: scales are joined, and the views are not those of the plans.
+    """
+    if isinstance(visual, PackedTokens):
+        return connector.forward_packed(_packed_like(visual, connector))
+    encoded = _like(visual, connector)
+    if not layout.scales:
+        mapped: VisualTokens = connector(encoded)
+        return mapped
+    return _joined(
+        join_image(connector, layout, tokens, plan, len(visual.tokens)) for tokens, plan in _by_image([encoded], plans)
+    )
 
 
 def join_image(

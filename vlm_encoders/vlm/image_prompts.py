@@ -12,7 +12,7 @@ from vlm_encoders.tiling.counts import Budgets, TokenCounts, budgets_of, is_spec
 from vlm_encoders.tiling.layout import Piece
 from vlm_encoders.tiling.markers import Markers
 from vlm_encoders.tiling.pixels import TilePixels
-from vlm_encoders.tiling.plan import TilePlan
+from vlm_encoders.tiling.plan import Size, TilePlan
 from vlm_encoders.tiling.tiler import Tiler
 from vlm_encoders.vlm.batch import join_views
 from vlm_encoders.vlm.chat import Message
@@ -62,26 +62,39 @@ class ImagePrompts:
             planned.append(PlannedImage(levels, plan, self.counts.pieces(plan)))
         return planned
 
-    def write(self, messages: Sequence[Message], planned: Sequence[PlannedImage]) -> Sequence[Message]:
+    def plan_sizes(self, sizes: Sequence[Size], max_tokens: Budgets) -> list[list[Piece]]:
+        """Give the part of the prompt of images of (height, width) px, each within its budget, without the images.
+
+        Raises:
+            VlmError: as `plan`.
+        """
+        budgets = budgets_of(max_tokens, len(sizes))
+        plans = [self.counts.plan(size, most) for size, most in zip(sizes, budgets, strict=True)]
+        return [self.counts.pieces(plan) for plan in plans]
+
+    def write(self, messages: Sequence[Message], images: Sequence[Sequence[Piece]]) -> Sequence[Message]:
         """Put markers around the placeholders, with one placeholder for each run of image tokens.
+
+        Args:
+            messages: the conversation.
+            images: each image's part of the prompt.
 
         Raises:
             VlmError: the messages do not hold one placeholder an image.
         """
-        check_places(sum(message["content"].count(self.image_token) for message in messages), len(planned))
+        check_places(sum(message["content"].count(self.image_token) for message in messages), len(images))
         if not self.counts.layout.markers:
             return messages
         texts = iter(
-            "".join(piece if isinstance(piece, str) else self.image_token for piece in image.pieces)
-            for image in planned
+            "".join(piece if isinstance(piece, str) else self.image_token for piece in pieces) for pieces in images
         )
         return [
             {**message, "content": _replace_each(message["content"], self.image_token, texts)} for message in messages
         ]
 
-    def runs(self, planned: Sequence[PlannedImage]) -> list[int]:
+    def runs(self, images: Sequence[Sequence[Piece]]) -> list[int]:
         """Count the image tokens of each placeholder that `write` leaves."""
-        counts = [[piece for piece in image.pieces if isinstance(piece, int)] for image in planned]
+        counts = [[piece for piece in pieces if isinstance(piece, int)] for pieces in images]
         if self.counts.layout.markers:
             return [run for image in counts for run in image]
         return [sum(image) for image in counts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from connectors.base import Connector
 from connectors.errors import TokenShapeError
 from connectors.init import Draw
-from connectors.tokens import TokenSpec
+from connectors.tokens import PackedTokens, TokenSpec, VisualTokens
 from vlm_encoders.encoder import Encoder
 from vlm_encoders.tiling.layout import TileLayout
 from vlm_encoders.tiling.plan import TilePlan
 from vlm_encoders.tiling.whole import whole_image
 from vlm_encoders.vlm.describe import ModelReport, describe_parts
-from vlm_encoders.vlm.embed import check_chunk, embed_packed, embed_views, first_weight
+from vlm_encoders.vlm.embed import check_chunk, connect, embed_packed, embed_views, first_weight
 from vlm_encoders.vlm.language import VLMOutput, predict, require_left_padding
 from vlm_encoders.vlm.placeholders import fill_placeholders
 from vlm_encoders.vlm.stages import Part, StagePolicy, TrainedPart, hold_frozen
@@ -43,6 +43,8 @@ class VisionLanguageModel(nn.Module):
     Attributes:
         stage: the stage that `apply_stage` applied last, or None.
         trained: what a stage has trained, so that it is no longer what its source holds.
+        trained_names: the parameters of encoder and LLM that a stage has trained, adapters apart.
+        master_of: by name, the dtype in which a parameter was built that trains in float32; see `hold_masters`.
         token_spec: the tokens of one view as they leave the connector.
 
     Raises:
@@ -70,6 +72,8 @@ class VisionLanguageModel(nn.Module):
         self.chunk_tokens = chunk_tokens
         self.stage: StagePolicy | None = None
         self.trained: set[TrainedPart] = set()
+        self.trained_names: set[str] = set()
+        self.master_of: dict[str, torch.dtype] = {}
         self.token_spec = self._checked_spec()
         if self.layout.newline:
             self._require_newline()
@@ -119,6 +123,27 @@ class VisionLanguageModel(nn.Module):
             return self.layout.arrange(visual, plans, self.newline)
         return self.layout.arrange(embed_packed(*parts, pixel_values, chunk_tokens=chunk), plans, self.newline)
 
+    def embed_tokens(
+        self, visual: VisualTokens | PackedTokens, plans: Sequence[TilePlan] | None = None
+    ) -> list[Tensor]:
+        """Turn views that are encoded already into image embeddings.
+
+        Args:
+            visual: the views' tokens as the encoder gives them.
+            plans: how each image was cut; None when each view is an image.
+
+        Returns:
+            One (n, H) tensor an image.
+
+        Raises:
+            TokenShapeError: the plans do not add up to the views.
+        """
+        if plans is None:
+            own = self.encoder.spec.image_size
+            count = len(visual.grids) if isinstance(visual, PackedTokens) else len(visual.tokens)
+            plans = [whole_image(own, own)] * count
+        return self.layout.arrange(connect(self.connector, self.layout, visual, plans), plans, self.newline)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -126,6 +151,10 @@ class VisionLanguageModel(nn.Module):
         labels: Tensor | None = None,
         pixel_values: Tensor | Sequence[Tensor] | None = None,
         plans: Sequence[TilePlan] | None = None,
+        *,
+        visual: VisualTokens | PackedTokens | None = None,
+        lengths: Sequence[int] | None = None,
+        anchor: Callable[[], Tensor] | None = None,
     ) -> VLMOutput:
         """Predict the next token at each place, or the loss on the labels.
 
@@ -138,11 +167,17 @@ class VisionLanguageModel(nn.Module):
             labels: (B, T), ids at supervised places and -100 elsewhere.
             pixel_values: (V, 3, S, S), a list of (3, H, W), or None for text alone.
             plans: how each image was cut; None when each view is an image.
+            visual: the views' tokens as the encoder gives them, in place of `pixel_values`.
+            lengths: tokens of the samples that stand one after another in a row (1, T), each attending to
+                itself alone; None where each row is a sample.
+            anchor: gives a zero () that joins the embeddings, so that the backward pass reaches what it is made of
+                although the batch does not; None for nothing.
 
         Raises:
             VlmError: the image places and the images do not agree, or nothing is supervised.
         """
-        return predict(self.llm, self._embed(input_ids, pixel_values, plans), attention_mask, labels)
+        embeds = self._embed(input_ids, pixel_values, plans, visual, anchor)
+        return predict(self.llm, embeds, attention_mask, labels, lengths)
 
     @torch.no_grad()
     def generate(
@@ -196,11 +231,11 @@ class VisionLanguageModel(nn.Module):
         """Say what each part is, what of it trains, and what leaves it for one view."""
         return describe_parts(self)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, partial: bool = False) -> None:
         """Save the model; see `vlm_encoders.vlm.checkpoint.save_model`."""
         from vlm_encoders.vlm.checkpoint import save_model
 
-        save_model(self, Path(folder))
+        save_model(self, Path(folder), partial=partial)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> VisionLanguageModel:
@@ -229,10 +264,20 @@ class VisionLanguageModel(nn.Module):
         return spec
 
     def _embed(
-        self, input_ids: Tensor, pixel_values: Tensor | Sequence[Tensor] | None, plans: Sequence[TilePlan] | None
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | Sequence[Tensor] | None,
+        plans: Sequence[TilePlan] | None,
+        visual: VisualTokens | PackedTokens | None = None,
+        anchor: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         places = input_ids == self.image_token_id
         # The image token may lie outside the vocabulary, so its row is never looked up.
         text: Tensor = self._embedding(input_ids.masked_fill(places, 0))
-        images = None if pixel_values is None else torch.cat(self.embed_images(pixel_values, plans))
+        if anchor is not None:
+            text = text + anchor()
+        if visual is not None:
+            images: Tensor | None = torch.cat(self.embed_tokens(visual, plans))
+        else:
+            images = None if pixel_values is None else torch.cat(self.embed_images(pixel_values, plans))
         return fill_placeholders(text, images, places)

@@ -14,13 +14,16 @@ from connectors.base import Connector
 from connectors.errors import VlmError
 from vlm_encoders.encoder import Encoder
 from vlm_encoders.preprocess import ImageLike
+from vlm_encoders.spec import EncoderSpec
 from vlm_encoders.tiling import Tiler, WholeImage, tiler_from_config
 from vlm_encoders.tiling.counts import Budgets, TokenCounts, budgets_of
 from vlm_encoders.tiling.pixels import TilePixels
+from vlm_encoders.tiling.plan import Size
 from vlm_encoders.vlm.atomic import atomic_folder
-from vlm_encoders.vlm.batch import Sample, pad_samples
+from vlm_encoders.vlm.batch import Sample, pack_samples, pad_samples
 from vlm_encoders.vlm.chat import IGNORED, Message, render, tokenize_with_labels
 from vlm_encoders.vlm.image_prompts import ImagePrompts, MarkCounter, PlannedImage, check_markers
+from vlm_encoders.vlm.measure import SampleLength, measure_ids
 from vlm_encoders.vlm.placeholders import expand_placeholders
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ class VLMProcessor:
     """Makes samples and batches for a model of this encoder and connector.
 
     Args:
-        encoder: the encoder, for its preprocessing and token shape; its weights are not kept.
+        encoder: the encoder, for its preprocessing and token shape, or its spec alone; weights are not kept.
         connector: the connector, for its token shape.
         tokenizer: a fast Hugging Face tokenizer; `<image>` is added to it as a special token
             where it has none (the LLM's embeddings need not grow).
@@ -54,7 +57,7 @@ class VLMProcessor:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Encoder | EncoderSpec,
         connector: Connector,
         tokenizer: Any,
         *,
@@ -66,19 +69,20 @@ class VLMProcessor:
             raise VlmError(
                 f"a tiler is one of build_tiler, got {type(tiler).__name__}; write build_tiler('llava-next')"
             )
+        spec = encoder if isinstance(encoder, EncoderSpec) else encoder.spec
         self.tokenizer = tokenizer
-        self.tiler = tiler or WholeImage(encoder.spec.image_size[0])
+        self.tiler = tiler or WholeImage(spec.image_size[0])
         self.max_length = max_length
         (self.max_image_tokens,) = budgets_of(max_image_tokens, 1)
-        self.tiler.check(encoder.spec)
-        self.layout = self.tiler.layout_for(connector.out_spec(self.tiler.layout.connector_spec(encoder.token_spec)))
-        self.token_spec = connector.out_spec(self.layout.connector_spec(encoder.token_spec))
+        self.tiler.check(spec)
+        self.layout = self.tiler.layout_for(connector.out_spec(self.tiler.layout.connector_spec(spec.token_spec())))
+        self.token_spec = connector.out_spec(self.layout.connector_spec(spec.token_spec()))
         if self.image_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([self.image_token], special_tokens=True)
         check_markers(self.tiler, self.layout.markers, tokenizer, self.image_token)
         marks = MarkCounter(tokenizer, self.image_token)
-        counts = TokenCounts(encoder.spec, connector, self.tiler, self.layout, marks)
-        self._prompts = ImagePrompts(TilePixels(encoder.spec), counts, self.image_token)
+        counts = TokenCounts(spec, connector, self.tiler, self.layout, marks)
+        self._prompts = ImagePrompts(TilePixels(spec), counts, self.image_token)
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(self.image_token)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -148,8 +152,25 @@ class VLMProcessor:
                 within `max_tokens`, or the sample is longer than `max_length`.
         """
         planned = self._plan(images, max_tokens)
-        ids, labels = tokenize_with_labels(self.tokenizer, self._prompts.write(messages, planned))
+        ids, labels = tokenize_with_labels(self.tokenizer, self._write(messages, planned))
         return self._finish(ids, labels, planned)
+
+    def measure(
+        self, messages: Sequence[Message], image_sizes: Sequence[Size] = (), *, max_tokens: Budgets = None
+    ) -> SampleLength:
+        """Count the tokens that `sample` would give, by the sizes of the images alone; no length is too long.
+
+        Args:
+            messages: as in `sample`.
+            image_sizes: (height, width) of each image as it is shown, px.
+            max_tokens: as in `sample`.
+
+        Raises:
+            VlmError: placeholders and images do not agree, or no plan stays within `max_tokens`.
+        """
+        pieces = self._prompts.plan_sizes(image_sizes, self._budgets(len(image_sizes), max_tokens))
+        ids, labels = tokenize_with_labels(self.tokenizer, self._prompts.write(messages, pieces))
+        return measure_ids(ids, labels, self.image_token_id, self._prompts.runs(pieces))
 
     def prompt(
         self, messages: Sequence[Message], images: Sequence[ImageLike] = (), *, max_tokens: Budgets = None
@@ -165,31 +186,47 @@ class VLMProcessor:
             VlmError: as `sample`.
         """
         planned = self._plan(images, max_tokens)
-        text = render(self.tokenizer, self._prompts.write(messages, planned), generation_prompt=True)
+        text = render(self.tokenizer, self._write(messages, planned), generation_prompt=True)
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return self._finish(ids, [IGNORED] * len(ids), planned)
 
-    def collate(self, samples: Sequence[Sample], *, padding_side: Literal["left", "right"] = "right") -> dict[str, Any]:
-        """Pad samples to one batch: right for training, left for generation.
+    def collate(
+        self, samples: Sequence[Sample], *, padding_side: Literal["left", "right"] = "right", packed: bool = False
+    ) -> dict[str, Any]:
+        """Make one batch of samples: padded on the right for training, on the left for generation, or packed.
+
+        Args:
+            samples: at least one.
+            padding_side: where padding stands.
+            packed: whether samples stand one after another in one row, each attending to itself alone,
+                which is the same loss without padding.
 
         Returns:
             The keyword arguments of the model's `forward`: input_ids, attention_mask and labels
-            (B, T), pixel_values (V, 3, S, S), or a list of (3, H, W), or None, and the plans of all images.
+            (B, T), pixel_values (V, 3, S, S), or a list of (3, H, W), or None, and the plans of all
+            images; packed, B is 1, and the lengths of the samples stand beside.
 
         Raises:
             VlmError: there is no sample.
         """
+        if packed:
+            return pack_samples(samples, native=self.tiler.native)
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
         return pad_samples(samples, pad or 0, native=self.tiler.native, padding_side=padding_side)
 
     def _plan(self, images: Sequence[ImageLike], max_tokens: Budgets) -> list[PlannedImage]:
+        return self._prompts.plan(images, self._budgets(len(images), max_tokens))
+
+    def _budgets(self, images: int, max_tokens: Budgets) -> list[int | None]:
         own = self.max_image_tokens
-        budgets = [own if most is None else most for most in budgets_of(max_tokens, len(images))]
-        return self._prompts.plan(images, budgets)
+        return [own if most is None else most for most in budgets_of(max_tokens, images)]
+
+    def _write(self, messages: Sequence[Message], planned: Sequence[PlannedImage]) -> Sequence[Message]:
+        return self._prompts.write(messages, [image.pieces for image in planned])
 
     def _finish(self, ids: list[int], labels: list[int], planned: Sequence[PlannedImage]) -> Sample:
-        runs = self._prompts.runs(planned)
+        runs = self._prompts.runs([image.pieces for image in planned])
         expanded = expand_placeholders(ids, self.image_token_id, runs)
         text_labels = iter([label for token, label in zip(ids, labels, strict=True) if token != self.image_token_id])
         expanded_labels = [IGNORED if token == self.image_token_id else next(text_labels) for token in expanded]
