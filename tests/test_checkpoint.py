@@ -16,12 +16,15 @@ from torch import nn
 from connectors import MLP, VlmError
 from vlm_encoders.registry import create_encoder
 from vlm_encoders.testing import tiny_llm
+from vlm_encoders.training.masters import hold_masters
 from vlm_encoders.vlm import part_weights
 from vlm_encoders.vlm.build import load_llm
 from vlm_encoders.vlm.model import VisionLanguageModel
 from vlm_encoders.vlm.stages import STAGE_1, STAGE_2, STAGE_3, PartPolicy, StagePolicy
 
 LORA = StagePolicy("lora-4", connector=PartPolicy("train", lr=1e-2), llm=PartPolicy("lora", lr=1e-2, lora_rank=4))
+LAST_BLOCK = StagePolicy("block", PartPolicy("train", lr=1.0, last_blocks=1), PartPolicy("train", lr=1.0))
+NORMS = StagePolicy("norms", connector=PartPolicy("train", lr=1.0), llm=PartPolicy("train", lr=1.0, norms_only=True))
 LOADER = """
 import sys
 from pathlib import Path
@@ -188,3 +191,73 @@ def test_a_file_in_the_place_of_a_folder_is_left_alone(kit: Any) -> None:
         kit.build().save_pretrained(place)
     assert place.read_text() == "mine"
     assert not list(kit.root.glob(".run*"))
+
+
+PARTIAL = {
+    # Files, and the parameters that are saved: of a block of CLIP, or the norms of an LLM of two layers.
+    "last-block": (LAST_BLOCK, {"connector.safetensors", "encoder.trained.safetensors"}, 16),
+    "norms": (NORMS, {"connector.safetensors", "llm.trained.safetensors"}, 5),
+    "whole": (STAGE_2, {"connector.safetensors", "llm"}, None),
+    "nothing": (STAGE_1, {"connector.safetensors"}, None),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", PARTIAL)
+def test_a_partial_checkpoint_holds_what_trained_over_the_source(kit: Any, name: str, dtype: str) -> None:
+    stage, files, count = PARTIAL[name]
+    model = kit.train(kit.build(dtype=dtype), stage)
+    hold_masters(model, "bf16")
+    model.save_pretrained(kit.root / "run", partial=True)
+    assert {path.name for path in (kit.root / "run").iterdir()} == {"model.json", *files}
+    if count is not None:
+        file = next(iter(name for name in files if "trained" in name))
+        parameters = dict(model.named_parameters())
+        saved = [key for key in load_file(kit.root / "run" / file) if f"{file.split('.')[0]}.{key}" in parameters]
+        assert len(saved) == count
+    loaded = VisionLanguageModel.from_pretrained(kit.root / "run")
+    assert part_weights.part_hashes(loaded) == part_weights.part_hashes(model)
+    # A part that was loaded so may be saved so again, or whole.
+    loaded.save_pretrained(kit.root / "again", partial=True)
+    assert {path.name for path in (kit.root / "again").iterdir()} == {"model.json", *files}
+    loaded.save_pretrained(kit.root / "whole")
+    assert not list((kit.root / "whole").glob("*.trained.*"))
+    (kit.root / "clip").rename(kit.root / "moved")
+    (kit.root / "llm").rename(kit.root / "moved-llm")
+    model.save_pretrained(kit.root / "gone", partial=True)
+    assert not list((kit.root / "gone").glob("*.trained.*"))
+
+
+def test_partial_checkpoints_join_the_tensors_of_all_stages(kit: Any) -> None:
+    model = kit.train(kit.build(), LAST_BLOCK, NORMS, LORA)
+    model.save_pretrained(kit.root / "run", partial=True)
+    files = {path.name for path in (kit.root / "run").iterdir()}
+    assert files == {
+        *("model.json", "connector.safetensors", "adapter", "encoder.trained.safetensors", "llm.trained.safetensors")
+    }
+    loaded = VisionLanguageModel.from_pretrained(kit.root / "run")
+    assert torch.equal(loaded(**kit.inputs()).logits, model(**kit.inputs()).logits)
+    kit.train(loaded, NORMS)
+    loaded.save_pretrained(kit.root / "next", partial=True)
+    again = VisionLanguageModel.from_pretrained(kit.root / "next")
+    assert torch.equal(again(**kit.inputs()).logits, loaded(**kit.inputs()).logits)
+
+
+def test_a_partial_checkpoint_never_hangs_on_another_checkpoint(kit: Any) -> None:
+    kit.train(kit.build(), STAGE_2).save_pretrained(kit.root / "first")
+    loaded = kit.train(VisionLanguageModel.from_pretrained(kit.root / "first"), NORMS)
+    loaded.save_pretrained(kit.root / "second", partial=True)
+    assert (kit.root / "second/llm").is_dir()
+    shutil.rmtree(kit.root / "first")
+    again = VisionLanguageModel.from_pretrained(kit.root / "second")
+    assert torch.equal(again(**kit.inputs()).logits, loaded(**kit.inputs()).logits)
+
+
+def test_a_partial_checkpoint_over_another_source_is_refused(kit: Any) -> None:
+    kit.train(kit.build(), LAST_BLOCK).save_pretrained(kit.root / "run", partial=True)
+    kit.write_clip("clip", seed=9)
+    with pytest.raises(VlmError, match=r"the encoder 'hf:.*' is not the one that checkpoint"):
+        VisionLanguageModel.from_pretrained(kit.root / "run")
+    kit.write_clip("clip", patch=14)
+    with pytest.raises(VlmError, match="build the same one"):
+        VisionLanguageModel.from_pretrained(kit.root / "run")

@@ -2,8 +2,9 @@
 
 A checkpoint folder holds `model.json` (what the parts are, with the SHA-256 of each),
 `connector.safetensors`, and the weights of a part only where they are not those of its
-source: `encoder.safetensors`, `llm/`, or `adapter/` (peft). A part that never trained is
-built from its source again and held to its hash.
+source: `encoder.safetensors`, `llm/`, or `adapter/` (peft); or, where it is asked for, the
+trained tensors alone, `llm.trained.safetensors`. A part that never trained is built from its
+source again and held to its hash.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from connectors.errors import VlmError
 from connectors.recipe import build_connector
 from connectors.tokens import TokenSpec
 from vlm_encoders.tiling.layout import TileLayout
+from vlm_encoders.vlm.adapters import inject_saved
 from vlm_encoders.vlm.atomic import atomic_folder, recover
 from vlm_encoders.vlm.manifest import (
     MANIFEST,
@@ -25,8 +27,18 @@ from vlm_encoders.vlm.manifest import (
     saved_spec,
     write_manifest,
 )
-from vlm_encoders.vlm.part_weights import fill_part, part_hashes, save_adapter, save_llm, save_part
-from vlm_encoders.vlm.stages import PARTS, has_adapter
+from vlm_encoders.vlm.part_weights import (
+    adapter_tensors,
+    fill_part,
+    part_hashes,
+    part_tensors,
+    save_adapter,
+    save_llm,
+    save_tensors,
+)
+from vlm_encoders.vlm.partial_weights import TRAINED_FILE, note_loaded, overlay_part, partial_tensors
+from vlm_encoders.vlm.quantize import quantization_options
+from vlm_encoders.vlm.stages import PARTS, Part, has_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -39,10 +51,13 @@ if TYPE_CHECKING:
 __all__ = ["load_model", "part_hashes", "save_model"]
 
 _PROCESSOR = "processor"
-_OWN = {MANIFEST, "connector.safetensors", "encoder.safetensors", "llm", "adapter", _PROCESSOR}
+_ENCODER_ADAPTERS = "encoder.adapters.safetensors"
+_WITH_SOURCE: tuple[Part, ...] = ("encoder", "llm")
+_OWN = {MANIFEST, "connector.safetensors", "encoder.safetensors", _ENCODER_ADAPTERS, "llm", "adapter", _PROCESSOR}
+_OWN |= {TRAINED_FILE.format(part=part) for part in _WITH_SOURCE}
 
 
-def save_model(model: VisionLanguageModel, folder: Path) -> None:
+def save_model(model: VisionLanguageModel, folder: Path, *, partial: bool = False) -> None:
     """Save a model to a folder; an existing checkpoint there is replaced only once the new one is whole.
 
     A processor that was saved into the folder stays.
@@ -50,20 +65,29 @@ def save_model(model: VisionLanguageModel, folder: Path) -> None:
     Args:
         model: the model.
         folder: the checkpoint's folder: new, empty, or an earlier checkpoint.
+        partial: of encoder and LLM, where a stage has trained some tensors and their source is still there, save
+            these tensors alone; such a checkpoint is loaded only while the source is there.
 
     Raises:
         VlmError: it cannot be written, or the folder holds other things.
     """
     _refuse_other_contents(folder)
     manifest = describe_checkpoint(model)
+    over_source = partial_tensors(model, manifest) if partial else {}
+    for part in over_source:
+        manifest[part] |= {"saved": False, "partial": True}
     for part, digest in part_hashes(model).items():
         manifest[part]["sha256"] = digest
     with atomic_folder(folder) as inside:
-        save_part(model, "connector", inside / "connector.safetensors")
+        save_tensors(part_tensors(model, "connector"), inside / "connector.safetensors")
         if manifest["encoder"]["saved"]:
-            save_part(model, "encoder", inside / "encoder.safetensors")
+            save_tensors(part_tensors(model, "encoder"), inside / "encoder.safetensors")
+        elif "encoder" not in over_source and _has_adapters(manifest, "encoder"):
+            save_tensors(adapter_tensors(model, "encoder"), inside / _ENCODER_ADAPTERS)
         if manifest["llm"]["saved"]:
-            save_llm(model.llm, inside / "llm")
+            save_llm(model, inside / "llm")
+        for part, tensors in over_source.items():
+            save_tensors(tensors, inside / TRAINED_FILE.format(part=part))
         if manifest["llm"]["adapter"]:
             save_adapter(model.llm, inside / "adapter")
         if (folder / _PROCESSOR).is_dir():
@@ -115,13 +139,25 @@ def load_model(
         image_token_id=manifest["image_token_id"],
         layout=layout,
     )
+    inject_saved(model, manifest.get("adapters", {}))
     if manifest["encoder"]["saved"]:
         fill_part(model, "encoder", folder / "encoder.safetensors")
+    elif not manifest["encoder"].get("partial") and _has_adapters(manifest, "encoder"):
+        fill_part(model, "encoder", folder / _ENCODER_ADAPTERS, adapters=True)
     fill_part(model, "connector", folder / "connector.safetensors")
+    for part in _WITH_SOURCE:
+        if manifest[part].get("partial"):
+            overlay_part(model, part, folder / TRAINED_FILE.format(part=part))
+        elif manifest[part]["saved"]:
+            note_loaded(model, part)
     # What has no source of its own but a checkpoint must be saved again with the next one.
     model.trained = {*manifest["trained"], *(part for part in PARTS if manifest[part].get("saved"))}
     _verify(model, manifest, folder)
     return model.eval()
+
+
+def _has_adapters(manifest: dict[str, Any], part: Part) -> bool:
+    return any(path.split(".")[0] == part for path in manifest.get("adapters", {}))
 
 
 def _refuse_other_contents(folder: Path) -> None:
@@ -177,7 +213,9 @@ def _build_llm(folder: Path, entry: dict[str, Any], llm: nn.Module | str | None)
     if llm is None or isinstance(llm, str):
         source = llm or (str(folder / "llm") if entry["saved"] else entry["source"])
         try:
-            llm = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(entry["dtype"]))
+            kind = _dtype(entry["dtype"])
+            options = quantization_options(entry.get("quantize", "no"), kind)
+            llm = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **options)
         except (OSError, ValueError, SafetensorError) as error:
             raise VlmError(
                 f"the LLM '{source}' of checkpoint '{folder}' cannot be loaded; pass llm= with the place "

@@ -9,19 +9,25 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-__all__ = ["module_hash"]
+__all__ = ["joined_hash", "module_hash", "tensor_hashes"]
 
 
 def module_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Hash tensors by name, dtype, shape and bytes, in the order of their names.
+    """Hash tensors by name, dtype, shape and bytes, in the order of their names."""
+    return joined_hash(tensor_hashes(tensors))
 
-    Each tensor has a digest of its own, so that large models are hashed on all cores.
-    """
-    names = sorted(tensors)
-    whole = hashlib.sha256()
+
+def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Hash each tensor by dtype, shape and bytes, so that large models are hashed on all cores."""
     with ThreadPoolExecutor() as pool:
-        for name, digest in zip(names, pool.map(_digest, (tensors[name] for name in names)), strict=True):
-            whole.update(f"{name} {digest}\n".encode())
+        return dict(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
+
+
+def joined_hash(hashes: Mapping[str, str]) -> str:
+    """Give one hash of the hashes of tensors, in the order of their names."""
+    whole = hashlib.sha256()
+    for name in sorted(hashes):
+        whole.update(f"{name} {hashes[name]}\n".encode())
     return whole.hexdigest()
 
 

@@ -11,7 +11,10 @@ from connectors.errors import VlmError
 from connectors.recipe import recipe_of
 from connectors.tokens import TokenSpec
 from vlm_encoders.encoders.joint_name import map_places
-from vlm_encoders.vlm.stages import PARTS, has_adapter
+from vlm_encoders.vlm.adapters import injected_adapters
+from vlm_encoders.vlm.part_weights import built_dtype
+from vlm_encoders.vlm.quantize import is_quantized
+from vlm_encoders.vlm.stages import PARTS, Part, has_adapter
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,25 +39,29 @@ def describe_checkpoint(model: VisionLanguageModel) -> dict[str, Any]:
     source = _llm_source(model.llm)
     adapter = has_adapter(model.llm)
     merged = "adapter" in model.trained and not adapter
+    adapters = injected_adapters(model)
+    absorbed = "encoder adapter" in model.trained and not any(path.startswith("encoder") for path in adapters)
     return {
         "format": FORMAT,
         "image_token_id": model.image_token_id,
         "layout": model.layout.config(),
         "stage": model.stage.name if model.stage else None,
         "trained": sorted(model.trained),
+        "adapters": adapters,
         "encoder": {
             "name": model.encoder.spec.name,
             "origin": origin,
             "pixels": pixel_rules(model.encoder.spec),
-            "dtype": _dtype_name(model.encoder),
-            "saved": "encoder" in model.trained or origin.get("pretrained", False) is False,
+            "dtype": _dtype_name(model, "encoder"),
+            "saved": "encoder" in model.trained or absorbed or origin.get("pretrained", False) is False,
         },
         "connector": _connector_entry(model),
         "llm": {
             "name": type(model.llm).__name__,
             "source": source,
-            "dtype": _dtype_name(model.llm),
+            "dtype": _dtype_name(model, "llm"),
             "adapter": adapter,
+            "quantize": "nf4" if is_quantized(model.llm) else "no",
             "saved": "llm" in model.trained or merged or not source,
         },
     }
@@ -145,6 +152,8 @@ def _absolute(source: str) -> str:
     return str(path.absolute()) if source and path.exists() else source
 
 
-def _dtype_name(module: nn.Module) -> str:
-    first = next(module.parameters(), None)
-    return "float32" if first is None else str(first.dtype).removeprefix("torch.")
+def _dtype_name(model: VisionLanguageModel, part: Part) -> str:
+    name, first = next(iter(model.part_parameters(part)), ("", None))
+    if first is None:
+        return "float32"
+    return str(built_dtype(model, name) or first.dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""A frozen encoder's tokens, kept on the disk."""
