@@ -14,10 +14,10 @@ from PIL import Image
 from connectors import MLP
 from connectors.errors import VlmError
 from vlm_encoders.encoder import Encoder
-from vlm_encoders.training.check import check_data
-from vlm_encoders.training.data import ConversationDataset
-from vlm_encoders.training.order import SeededBatches, epoch_order
-from vlm_encoders.training.records import read_records
+from vlm_encoders.training.feeding.check import check_data
+from vlm_encoders.training.feeding.data import ConversationDataset
+from vlm_encoders.training.feeding.order import SeededBatches, epoch_order
+from vlm_encoders.training.feeding.records import read_records
 from vlm_encoders.vlm.processor import VLMProcessor
 
 ASK = {"from": "human", "value": "<image>\nw1 w2"}
@@ -51,7 +51,7 @@ def processor(clip: Encoder, tokenizer: Any) -> VLMProcessor:
     [
         ("text", "is a str, not an object"),
         ({"id": "a", "image": "one.png"}, "lacks 'conversations', a list of turns; its keys are id, image"),
-        (record() | {"conversations": []}, "lacks 'conversations'"),
+        (record() | {"conversations": []}, "has no turn in 'conversations'; give a question and an answer"),
         (record({"from": "human"}, SAY), "turn 1 lacks 'from' or 'value'"),
         (record(ASK, {"from": "gpt", "value": 3}), "turn 2 lacks 'from' or 'value'"),
         (record({"from": "user", "value": "<image>"}, SAY), "turn 1 has unknown role 'user'; use system, human, gpt"),

@@ -1,0 +1,1 @@
+"""Data as the loop draws it: sources, samples, orders, batches, and their checks."""
