@@ -1,0 +1,1 @@
+"""What a run trains, said before it, proved in it, and examined without it."""
