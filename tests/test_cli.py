@@ -135,13 +135,19 @@ def test_budget_as_json_is_whole() -> None:
         (["budget", "--size", "big"], "'big' is no size; write HEIGHTxWIDTH"),
         (["budget", "--connector", "pixelshuffle"], "no connector 'pixelshuffle'; did you mean pixel_shuffle?"),
         (["budget", "--connector", "pixel_shuffle:factor=2"], "ends at width 4096|end it with mlp"),
-        (["info", "clip-vit-l-41"], "no encoder, connector or tiler 'clip-vit-l-41'; did you mean clip-vit-l-14"),
-        (["info", "pixel_shufle"], "no encoder, connector or tiler 'pixel_shufle'; did you mean pixel_shuffle"),
-        (["info", "pixel-shuffle"], "no encoder, connector or tiler 'pixel-shuffle'; did you mean pixel_shuffle"),
-        (["info", "MLP"], "no encoder, connector or tiler 'MLP'; did you mean mlp"),
+        (
+            ["info", "clip-vit-l-41"],
+            "no encoder, connector, tiler or stage 'clip-vit-l-41'; did you mean clip-vit-l-14",
+        ),
+        (["info", "pixel_shufle"], "no encoder, connector, tiler or stage 'pixel_shufle'; did you mean pixel_shuffle"),
+        (
+            ["info", "pixel-shuffle"],
+            "no encoder, connector, tiler or stage 'pixel-shuffle'; did you mean pixel_shuffle",
+        ),
+        (["info", "MLP"], "no encoder, connector, tiler or stage 'MLP'; did you mean mlp"),
         (
             ["info", "zzzz"],
-            "or tiler 'zzzz'; of connectors known are .*; of encoders known are .*; of tilers known are ",
+            "tiler or stage 'zzzz'; of connectors known are .*; of encoders known are .*; of tilers known are ",
         ),
         (["info", "pixel_shuffle:factor=2+mlp"], "is a connector's recipe; info pixel_shuffle shows its first link, "),
         (["info", "residual(norm+mlp)"], r"budget --connector 'residual\(norm\+mlp\)' costs it"),
@@ -157,7 +163,7 @@ def test_budget_as_json_is_whole() -> None:
             "--tokens and --dim and --licence",
         ),
         (["info", "dinov2-vit-s-14", "--image-size", "330"], "330 is not a multiple of 14; use 322 or 336"),
-        (["train", "--data", "x.json"], "training needs --image-folder, --output"),
+        (["train", "--data", "x.json"], "training needs --output"),
         (["generate", "nowhere", "--prompt", "hi"], "'nowhere' is no model checkpoint"),
     ],
 )
@@ -172,7 +178,7 @@ def test_a_mistake_is_told_without_traceback_and_with_a_status() -> None:
     done = command("info", "clip-vit-l-41")
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.startswith("error: no encoder, connector or tiler 'clip-vit-l-41'")
+    assert done.stderr.startswith("error: no encoder, connector, tiler or stage 'clip-vit-l-41'")
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -110,7 +110,7 @@ def test_names_of_tilers_are_of_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["intern-vl"], "no encoder, connector or tiler 'intern-vl'; did you mean internvl"),
+        (["intern-vl"], "no encoder, connector, tiler or stage 'intern-vl'; did you mean internvl"),
         (["intern-vl:max_tiles=6"], "no tiler 'intern-vl'; did you mean internvl"),
         (["zzzz"], "of tilers known are "),
         (["internvl:max_tile=6"], "tiler 'internvl' has no option 'max_tile'; it takes .*; did you mean max_tiles"),

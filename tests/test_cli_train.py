@@ -163,6 +163,12 @@ def picture(trained: Path) -> str:
     return str(min((trained.parents[1] / "data" / "images").glob("*.png")))
 
 
+def test_a_missing_data_file_is_not_taken_for_a_missing_image_folder(tmp_path: Path) -> None:
+    options = ("--data", "none/there.json", "--output", str(tmp_path / "out"))
+    with pytest.raises(VlmError, match=r"none/there\.json: cannot be read"):
+        run("train", *PARTS, *options)
+
+
 @pytest.mark.parametrize("option", ["--max-new-tokens", "--beams"])
 def test_generate_wants_at_least_one(tmp_path: Path, option: str) -> None:
     result = CliRunner().invoke(app, ["generate", str(tmp_path), "--prompt", "w", option, "0"])

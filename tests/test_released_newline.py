@@ -14,7 +14,8 @@ from connectors import MLP, Chain, Linear, PatchMerger, TokenShapeError, TokenSp
 from connectors.released import load_released, to_released
 from connectors.testing import check_connector
 from vlm_encoders.tiling.layout import TileLayout
-from vlm_encoders.training.state import STATE_FILE, RunState, load_state
+from vlm_encoders.training.checkpoints import STATE_FILE, load_state
+from vlm_encoders.training.state import RunState
 from vlm_encoders.vlm.model import VisionLanguageModel
 from vlm_encoders.vlm.stages import STAGE_1, apply_stage
 

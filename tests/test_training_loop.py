@@ -79,7 +79,13 @@ def make(parts: tuple[VisionLanguageModel, VLMProcessor], data: Path, tmp_path: 
     def build(stage: StagePolicy = STAGE_1, on_log: Any = None, init: int = 0, **settings: Any) -> Trainer:
         settings = {"output": str(tmp_path / "out"), "steps": 6, "batch_size": 2, "log_every": 1} | settings
         config = TrainConfig(
-            data=str(data), image_folder=str(data.parent), stage=stage.name, cpu=True, progress=False, **settings
+            data=str(data),
+            image_folder=str(data.parent),
+            stage=stage.name,
+            cpu=True,
+            progress=False,
+            tracker="none",
+            **settings,
         )
         samples = ConversationDataset(data, data.parent, processor)
         torch.manual_seed(init)
@@ -198,7 +204,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(make: Make, monkeypatch: py
         whole.fit()
     monkeypatch.undo()
     output = Path(whole.config.output)
-    assert sorted(path.name for path in output.iterdir()) == ["latest", "log.jsonl", "step-000002"]
+    assert sorted(path.name for path in output.iterdir()) == ["build.txt", "latest", "log.jsonl", "step-000002"]
     assert make(save_every=2).fit(resume=True).steps == 6
 
 
@@ -260,7 +266,9 @@ def test_a_frozen_part_that_something_moves_is_caught(make: Make) -> None:
         weight.data.mul_(1.0001)
 
     trainer.on_log = unfreeze
-    with pytest.raises(VlmError, match="frozen weights of the encoder moved"):
+    with pytest.raises(
+        VlmError, match=r"at step 2 'encoder\..*' of the encoder requires a gradient, but the stage froze it"
+    ):
         trainer.fit()
 
 
@@ -273,7 +281,9 @@ def test_frozen_blocks_of_a_trained_encoder_are_held_too(make: Make) -> None:
         next(trainer.model.encoder.blocks()[0].parameters()).data.add_(0.1)
 
     trainer.on_log = move
-    with pytest.raises(VlmError, match="frozen weights of the encoder moved"):
+    with pytest.raises(
+        VlmError, match=r"frozen weights of the encoder had moved, 'encoder\..*': the optimizer does not hold"
+    ):
         trainer.fit()
 
 
@@ -281,7 +291,9 @@ def test_a_trained_part_that_does_not_move_is_caught(make: Make) -> None:
     trainer = make()
     for parameter in trainer.model.connector.parameters():
         parameter.register_hook(torch.zeros_like)
-    with pytest.raises(VlmError, match="the connector was to be trained and did not move"):
+    with pytest.raises(
+        VlmError, match="after step 1 the connector, which is to be trained, has a gradient of exactly 0"
+    ):
         trainer.fit()
 
 
@@ -302,7 +314,9 @@ def test_a_gradient_that_is_not_finite_stops_too(make: Make) -> None:
     trainer = make()
     for parameter in trainer.model.connector.parameters():
         parameter.register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(VlmError, match=r"step 1, .*: the gradient norm is (nan|inf); lower learning_rate"):
+    with pytest.raises(
+        VlmError, match=r"at step 1 the gradient of 'connector\..*' of the connector is not finite.*lower learning_rate"
+    ):
         trainer.fit()
 
 
@@ -424,7 +438,7 @@ def test_bfloat16_autocast_keeps_float32_weights(make: Make) -> None:
 def test_weights_that_train_in_float16_are_refused(make: Make) -> None:
     trainer = make(STAGE_2)
     trainer.model.llm.half()
-    with pytest.raises(VlmError, match="the llm would train in float16"):
+    with pytest.raises(VlmError, match=r"21 parameters would train in float16, 'llm\..*mixed_precision"):
         trainer.fit()
     frozen = make(STAGE_1)
     frozen.model.llm.half()

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from connectors.errors import VlmError
 from connectors.tokens import TokenSpec, require_grid
-from vlm_encoders.training.data import ConversationDataset
 from vlm_encoders.training.evaluate import exact_match, mean_loss
+from vlm_encoders.training.feeding.data import ConversationDataset
 from vlm_encoders.training.trainer import Trainer
 from vlm_encoders.vlm.stages import STAGE_1, apply_stage
 
@@ -105,7 +105,7 @@ def compare_connectors(
         run = replace(
             config, connector=recipe, seed=seed, output=str(Path(config.output) / f"{_folder(recipe)}-{seed}")
         )
-        data = ConversationDataset(run.data, run.image_folder, processor)
+        data = ConversationDataset(run.data, run.images, processor)
         seconds.append(Trainer(model, processor, data, run).fit().seconds)
         unseen = held_out(processor)
         losses.append(mean_loss(model, processor, unseen, batch_size=batch_size))

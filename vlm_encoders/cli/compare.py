@@ -70,7 +70,7 @@ def _build_tiny(recipe: str, seed: int) -> tuple[VisionLanguageModel, VLMProcess
 
 def _embedded(output: Path, steps: int) -> tuple[TrainConfig, HeldOut]:
     from vlm_encoders.tiny.stage1 import tiny_run
-    from vlm_encoders.training.data import ConversationDataset
+    from vlm_encoders.training.feeding.data import ConversationDataset
 
     run = tiny_run(output, steps=steps)
     return run.config, lambda processor: ConversationDataset(run.held_out, run.held_out.parent, processor)
@@ -86,7 +86,7 @@ def _own_settings(path: Path, output: Path, steps: int | None) -> TrainConfig:
         raise VlmError(f"{path}: connectors are compared by stage-1, the file says '{settings.stage}'; leave it out")
     check_files(settings)
     inputs = {"data": settings.data, "eval_data": settings.eval_data, "llm": settings.llm, "config": str(path)}
-    for name, place in {**inputs, "image_folder": settings.image_folder}.items():
+    for name, place in {**inputs, "image_folder": str(settings.images)}.items():
         for folder in (output / each for each in _REMOVED):
             if Path(place).resolve().is_relative_to(folder.resolve()):
                 raise VlmError(
@@ -100,10 +100,10 @@ def _builder(settings: TrainConfig) -> Build:
 
 
 def _held_out(settings: TrainConfig) -> HeldOut:
-    from vlm_encoders.training.data import ConversationDataset
+    from vlm_encoders.training.feeding.data import ConversationDataset
 
     unseen = settings.eval_data or ""
-    return lambda processor: ConversationDataset(unseen, settings.image_folder, processor)
+    return lambda processor: ConversationDataset(unseen, settings.images, processor)
 
 
 def _fitting(recipes: list[str], build: Build, *, control: bool) -> list[str]:

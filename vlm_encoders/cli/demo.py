@@ -16,6 +16,7 @@ from connectors.errors import VlmError
 from vlm_encoders.cli.budget import print_budgets, print_released
 from vlm_encoders.cli.claim import claim_folder
 from vlm_encoders.cli.console import print_table, quiet_libraries
+from vlm_encoders.cli.demo_stages import show_stages
 
 if TYPE_CHECKING:
     from vlm_encoders.training.evaluate import EvalResult
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["demo"]
 
 SHOWN = 8
+STEPS = 400
 NEXT = """\
 Next, with your own images and real parts:
   vlm-encoders budget --encoder siglip-so400m-14-384 --connector mlp --connector pixel_shuffle:factor=3+mlp \\
@@ -36,18 +38,22 @@ Next, with your own images and real parts:
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for data, checkpoints and the model.")] = Path("runs/demo"),
     connector: Annotated[str, typer.Option(help="Connector recipe to train.")] = "mlp",
-    steps: Annotated[int, typer.Option(help="Steps of Stage 1.")] = 400,
+    steps: Annotated[int | None, typer.Option(help="Steps of Stage 1, 400 when left out.")] = None,
     seed: Annotated[int, typer.Option(help="Of data, initial weights and order.")] = 0,
+    stages: Annotated[bool, typer.Option("--stages", help="Stage 1, then Stage 2, and the curves of both.")] = False,
 ) -> None:
     """Show the whole way in minutes: budgets, Stage 1, accuracy, a saved model that answers."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    claim_folder(output, "demo", ("data", "train", "model"))
+    claim_folder(output, "demo", ("data", "train", "model", "stage-1", "stage-2"))
+    if stages:
+        show_stages(output, connector, steps, seed)
+        return
     started = time.monotonic()
     quiet_libraries()
     _title("1. What a picture costs the LLM")
     _show_budgets()
     _title(f"2. Plug the embedded encoder into the embedded LLM by '{connector}', for Stage 1")
-    _train_and_compare(output, connector, steps, seed)
+    _train_and_compare(output, connector, STEPS if steps is None else steps, seed)
     _title("5. A fresh process loads the saved model and answers about a picture file")
     _ask_in_fresh_process(output)
     typer.echo(f"\nThe whole way took {time.monotonic() - started:.0f} s; all of it is in {output}.\n\n{NEXT}")

@@ -10,6 +10,7 @@ import typer
 
 from connectors.errors import VlmError
 from vlm_encoders.cli.budget import budget
+from vlm_encoders.cli.check_data import check_data
 from vlm_encoders.cli.compare import compare
 from vlm_encoders.cli.demo import demo
 from vlm_encoders.cli.encode import encode
@@ -36,6 +37,7 @@ app.command("encode")(encode)
 app.command("budget")(budget)
 app.command("tiles")(tiles)
 app.command("compare")(compare)
+app.command("check-data")(check_data)
 app.command("train")(train)
 app.command("generate")(generate)
 

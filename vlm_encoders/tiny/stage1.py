@@ -11,7 +11,7 @@ from vlm_encoders.tiny.weights_folder import llm_folder
 
 if TYPE_CHECKING:
     from vlm_encoders.training.config import TrainConfig
-    from vlm_encoders.training.data import ConversationDataset
+    from vlm_encoders.training.feeding.data import ConversationDataset
     from vlm_encoders.vlm.model import VisionLanguageModel
     from vlm_encoders.vlm.processor import VLMProcessor
 
@@ -50,10 +50,10 @@ class TinyRun:
 
     def load(self, processor: VLMProcessor) -> tuple[ConversationDataset, ConversationDataset]:
         """Give the training data and the held-out data."""
-        from vlm_encoders.training.data import ConversationDataset
+        from vlm_encoders.training.feeding.data import ConversationDataset
 
         folder = self.held_out.parent
-        train = ConversationDataset(self.config.data, self.config.image_folder, processor)
+        train = ConversationDataset(self.config.data, self.config.images, processor)
         return train, ConversationDataset(self.held_out, folder, processor)
 
 

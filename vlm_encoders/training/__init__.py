@@ -6,38 +6,64 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vlm_encoders.training.check import DataReport, Problem, check_data
     from vlm_encoders.training.config import TrainConfig
-    from vlm_encoders.training.data import ConversationDataset
     from vlm_encoders.training.evaluate import EvalResult, Prediction, exact_match, mean_loss
-    from vlm_encoders.training.optim import build_optimizer, cosine_with_warmup
-    from vlm_encoders.training.order import SeededBatches
+    from vlm_encoders.training.feeding.check import DataReport, Problem, check_data
+    from vlm_encoders.training.feeding.data import ConversationDataset
+    from vlm_encoders.training.feeding.data_check import check_conversations
+    from vlm_encoders.training.feeding.findings import DataCheck
+    from vlm_encoders.training.feeding.length_order import GroupedBatches, PackedBatches
+    from vlm_encoders.training.feeding.lengths import DataLengths, data_lengths
+    from vlm_encoders.training.feeding.order import SeededBatches, make_order
+    from vlm_encoders.training.feeding.stream import ConversationStream, open_dataset
+    from vlm_encoders.training.optim import build_optimizer
+    from vlm_encoders.training.proving.proof import Proof, ProofError
+    from vlm_encoders.training.schedule import cosine_with_warmup, warmup_stable_decay
     from vlm_encoders.training.trainer import Trainer, TrainResult
 
 __all__ = [
     "ConversationDataset",
+    "ConversationStream",
+    "DataCheck",
+    "DataLengths",
     "DataReport",
     "EvalResult",
+    "GroupedBatches",
+    "PackedBatches",
     "Prediction",
     "Problem",
+    "Proof",
+    "ProofError",
     "SeededBatches",
     "TrainConfig",
     "TrainResult",
     "Trainer",
     "build_optimizer",
+    "check_conversations",
     "check_data",
     "cosine_with_warmup",
+    "data_lengths",
     "exact_match",
+    "make_order",
     "mean_loss",
+    "open_dataset",
+    "warmup_stable_decay",
 ]
 
 _HOME = {
-    "check": ("DataReport", "Problem", "check_data"),
+    "feeding.check": ("DataReport", "Problem", "check_data"),
     "config": ("TrainConfig",),
-    "data": ("ConversationDataset",),
+    "feeding.data": ("ConversationDataset",),
     "evaluate": ("EvalResult", "Prediction", "exact_match", "mean_loss"),
-    "optim": ("build_optimizer", "cosine_with_warmup"),
-    "order": ("SeededBatches",),
+    "optim": ("build_optimizer",),
+    "feeding.data_check": ("check_conversations",),
+    "feeding.findings": ("DataCheck",),
+    "feeding.length_order": ("GroupedBatches", "PackedBatches"),
+    "feeding.lengths": ("DataLengths", "data_lengths"),
+    "feeding.order": ("SeededBatches", "make_order"),
+    "schedule": ("cosine_with_warmup", "warmup_stable_decay"),
+    "proving.proof": ("Proof", "ProofError"),
+    "feeding.stream": ("ConversationStream", "open_dataset"),
     "trainer": ("TrainResult", "Trainer"),
 }
 _MODULE = {name: f"vlm_encoders.training.{module}" for module, names in _HOME.items() for name in names}

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
-import types
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_type_hints
 
 from connectors.errors import VlmError
 from connectors.registry import nearest
+from vlm_encoders.training.feeding.sources.spec import DataName
+from vlm_encoders.training.setting_checks import check_range, check_type
 
 __all__ = ["TrainConfig"]
-
-_AT_LEAST_ONE = (
-    "batch_size",
-    "gradient_accumulation",
-    "steps",
-    "epochs",
-    "save_every",
-    "log_every",
-    "eval_every",
-    "keep_checkpoints",
-    "max_length",
-    "max_image_tokens",
-    "chunk_tokens",
-)
-_AT_LEAST_ZERO = ("weight_decay", "num_workers", "seed")
-_ABOVE_ZERO = ("learning_rate", "max_grad_norm")
-_WORDS = {str: "a text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
-_FRACTIONS = ("warmup_ratio", "floor_ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +24,20 @@ class TrainConfig:
     """
 
     data: str
-    """LLaVA conversations to train on, a JSON list or JSON Lines."""
-    image_folder: str
-    """Folder that the image paths of `data` and `eval_data` start from."""
+    """Conversations to train on: a JSON or JSONL file, tar shards such as `shards/*.tar`, or a dataset's name or
+    folder, as in `hf:NAME[split=train,streaming=true]`."""
+    image_folder: str | None = None
+    """Folder that relative image paths of `data` and `eval_data` start from; None for that of the data file."""
     output: str
     """Folder for checkpoints and the log."""
     eval_data: str | None = None
-    """LLaVA conversations to evaluate on, never trained on."""
+    """Conversations to evaluate on, never trained on, named as `data` is."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """What a sample that cannot be made does: stop the run, or be left out, counted and logged."""
+    max_bad_samples: int = 100
+    """Samples that may be left out before the run stops all the same."""
+    shuffle_buffer: int = 1000
+    """Samples of a stream that are drawn from at random; data that can be indexed is shuffled whole."""
     encoder: str | None = None
     """Encoder name, as `create_encoder` takes it."""
     connector: str | None = None
@@ -60,13 +49,15 @@ class TrainConfig:
     model: str | None = None
     """Folder of a saved model to start from, in place of encoder, connector, llm and tiler."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of encoder and LLM; the connector, which trains, stays float32.
+    """Dtype of encoder and LLM, also of a saved `model` where it is "bfloat16"; the connector stays float32.
 
     A weight that itself trains in bfloat16 loses every update below 1/256 of its size, so train a
     whole LLM in float32 with mixed_precision "bf16", or by LoRA, whose adapters are float32. In
     float16 nothing can train but what is float32."""
+    quantize: Literal["no", "nf4"] = "no"
+    """Hold the LLM in 4 bits, for a stage whose LLM policy is "qlora"; needs bitsandbytes."""
     stage: str = "stage-1"
-    """Name of the stage policy that says what trains."""
+    """What trains: the name of a stage policy, or a TOML file of policies by part."""
     steps: int | None = None
     """Optimizer steps; None to count by `epochs`."""
     epochs: int | None = None
@@ -81,14 +72,27 @@ class TrainConfig:
     """AdamW decay of the matrices; norms, biases and learned tokens have none."""
     warmup_ratio: float = 0.03
     """Part of the steps in which the learning rate rises."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """How the learning rate falls after the warm-up; "wsd" stays at the peak and falls at the end."""
+    decay_ratio: float = 0.1
+    """Part of the steps in which "wsd" falls."""
     floor_ratio: float = 0.0
-    """Part of the peak learning rate at which the cosine ends."""
+    """Part of the peak learning rate at which cosine and "wsd" end."""
     max_grad_norm: float | None = 1.0
     """Norm to which gradients are clipped; None for no clipping."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """Autocast of the forward pass."""
+    """Autocast of the forward pass; what trains is held in float32 whatever the dtype."""
+    gradient_checkpointing: bool = False
+    """Compute the blocks of what gradients pass through again in the backward pass, in place of keeping them."""
+    frozen_parts: Literal["replicated", "sharded"] = "replicated"
+    """Where training is sharded (FSDP): whether each process holds frozen parts whole, or its share."""
+    group_by_length: bool = False
+    """Draw batches of samples of like length, which are padded less."""
+    pack_tokens: int | None = None
+    """Tokens of a pack: samples stand one after another in place of padding, `batch_size` packs a forward
+    pass, each sample attending to itself alone; None for padding."""
+    token_cache: str | None = None
+    """Folder in which a frozen encoder's tokens are kept, so that each image is encoded once; None for none."""
     max_length: int | None = None
     """Longest sample in tokens; None for the limit of the processor."""
     max_image_tokens: int | None = None
@@ -103,10 +107,14 @@ class TrainConfig:
     """Steps between checkpoints; None for one at the end alone."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on disk."""
+    keep_best: bool = True
+    """Save the model of the lowest evaluation loss to `output`/best."""
     log_every: int = 10
     """Steps between log lines."""
     eval_every: int | None = None
     """Steps between evaluations of the loss on `eval_data`; None for one at the end."""
+    tracker: Literal["auto", "tensorboard", "wandb", "none"] = "auto"
+    """Where the log goes beside `output`/log.jsonl; "auto" for TensorBoard where it is installed."""
     progress: bool | None = None
     """Progress bar; None for one on a terminal and plain lines elsewhere."""
     cpu: bool = False
@@ -117,15 +125,22 @@ class TrainConfig:
         hints = get_type_hints(type(self))
         for field in fields(self):
             value = getattr(self, field.name)
-            _check_type(field.name, value, hints[field.name])
-            _check_range(field.name, value)
+            check_type(field.name, value, hints[field.name])
+            check_range(field.name, value)
         if self.steps is not None and self.epochs is not None:
             raise VlmError(f"steps={self.steps} and epochs={self.epochs} both set the length; give one of them")
         parts = [name for name in ("encoder", "connector", "llm", "tiler") if getattr(self, name) is not None]
-        if self.dtype != "float32":
-            parts.append("dtype")
+        if self.dtype == "float16" and (self.model is not None or self.mixed_precision == "bf16"):
+            raise VlmError('dtype="float16" does not go with a saved model or with bf16; set dtype="bfloat16"')
+        if self.quantize != "no":
+            parts.append("quantize")
         if self.model is not None and parts:
-            raise VlmError(f"model='{self.model}' has its own {', '.join(parts)}; give the model or its parts")
+            raise VlmError(f"model='{self.model}' has its own {', '.join(parts)}; leave these out, or the model")
+
+    @property
+    def images(self) -> Path:
+        """The folder that relative image paths start from."""
+        return DataName.parse(self.data).folder if self.image_folder is None else Path(self.image_folder)
 
     @classmethod
     def from_toml(cls, path: str | Path, **given: Any) -> Self:
@@ -155,7 +170,7 @@ class TrainConfig:
                 # Both set the length, so either replaces whichever the file has.
                 values.pop(other, None)
         values |= given
-        missing = [name for name in ("data", "image_folder", "output") if name not in values]
+        missing = [name for name in ("data", "output") if name not in values]
         if missing:
             raise VlmError(f'{path}: lacks {", ".join(missing)}; add a line such as {missing[0]} = "..."')
         try:
@@ -166,38 +181,3 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Give the settings as plain values; `TrainConfig(**settings)` makes them again."""
         return asdict(self)
-
-
-def _check_type(name: str, value: object, hint: Any) -> None:
-    options = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
-    words: list[str] = []
-    for option in options:
-        if get_origin(option) is Literal:
-            if value in get_args(option):
-                return
-            words.extend(repr(choice) for choice in get_args(option))
-        elif _is_a(value, option):
-            return
-        elif option is not type(None):
-            words.append(_WORDS[option])
-    raise VlmError(f"{name} must be {' or '.join(words)}, got {value!r} ({type(value).__name__})")
-
-
-def _is_a(value: object, kind: Any) -> bool:
-    # bool is an int to Python, never to a reader of the file.
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def _check_range(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if name in _AT_LEAST_ONE and value < 1:
-        raise VlmError(f"{name} must be at least 1, got {value}")
-    if name in _AT_LEAST_ZERO and not 0 <= value < math.inf:
-        raise VlmError(f"{name} must be 0 or more, got {value}")
-    if name in _ABOVE_ZERO and not 0 < value < math.inf:
-        raise VlmError(f"{name} must be above 0, got {value}")
-    if name in _FRACTIONS and not 0 <= value <= 1:
-        raise VlmError(f"{name} must be between 0 and 1, got {value}")

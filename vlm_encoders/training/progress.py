@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["LogEntry", "RunProgress", "make_output", "trim_log", "write_log"]
 
 LogEntry: TypeAlias = dict[str, float]
-"""step, loss, grad_norm, lr_<part>, tokens_per_second, seconds_left, and eval_loss where it was measured."""
+"""step, loss, grad_norm (also of each unit), lr_<part>, tokens, tokens_per_second, data_wait (share of the time),
+skipped samples, seconds_left, and eval_loss where it was measured."""
 
 
 class RunProgress:
@@ -50,6 +51,13 @@ class RunProgress:
         if self.active and self._bar is None:
             sys.stderr.write(_line(entry, self.total) + "\n")
             sys.stderr.flush()
+
+    def say(self, warning: str) -> None:
+        """Write a warning where a person sees it."""
+        if self._bar is not None:
+            self._bar.console.print(f"warning: {warning}", highlight=False)
+        elif self.active:
+            sys.stderr.write(f"warning: {warning}\n")
 
     def __enter__(self) -> Self:
         """Show the bar."""
@@ -100,7 +108,10 @@ def trim_log(path: Path, step: int) -> None:
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+        # In its place at once: killed while it is written, the old one stands.
+        fresh = path.with_name(f".{path.name}.new")
+        fresh.write_text("".join(kept), encoding="utf-8")
+        fresh.replace(path)
 
 
 def _advice(error: OSError, otherwise: str) -> str:

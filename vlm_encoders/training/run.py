@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,98 +14,167 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from connectors.errors import VlmError
+from vlm_encoders.training.checkpoints import save_checkpoint
 from vlm_encoders.training.config import TrainConfig
-from vlm_encoders.training.guard import FreezeGuard
-from vlm_encoders.training.optim import build_optimizer, build_schedule
+from vlm_encoders.training.evaluate import summed_loss
+from vlm_encoders.training.feeding.feed import Feed
+from vlm_encoders.training.processes.first import on_first
+from vlm_encoders.training.processes.gather import full_optimizer_state, full_weights, gathered
 from vlm_encoders.training.progress import LogEntry
-from vlm_encoders.training.rng import random_state, restore_random_state
-from vlm_encoders.training.state import RunState, restore_weights, save_checkpoint, weights_to_save
-from vlm_encoders.training.step import StepResult, SummedLoss
-from vlm_encoders.vlm.stages import PARTS
+from vlm_encoders.training.proving.proof import Proof
+from vlm_encoders.training.recompute import Recompute
+from vlm_encoders.training.rng import random_state
+from vlm_encoders.training.state import RunState
+from vlm_encoders.training.step import StepResult
+from vlm_encoders.vlm.atomic import atomic_folder
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator, PartialState
+    from accelerate import Accelerator
 
+    from vlm_encoders.training.feeding.batches import Samples
     from vlm_encoders.vlm.model import VisionLanguageModel
     from vlm_encoders.vlm.processor import VLMProcessor
 
-__all__ = ["Run", "join_processes", "start_run"]
+__all__ = ["BEST", "Run"]
 
-_SHARDED = {"FSDP", "DEEPSPEED", "MEGATRON_LM"}
+BEST = "best"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
     """What the loop works with.
 
     Attributes:
         config: the settings of the run.
-        samples: length of the dataset.
+        samples: length of the dataset, None for a stream.
         model: the model itself.
+        processor: its processor.
+        eval_dataset: samples that are judged and never trained on.
         module: the model as it is trained: summed loss, wrapped for several processes.
         accelerator: device and processes.
         optimizer: of the trained parameters.
         schedule: of the learning rates.
-        guard: hashes from before the first step.
+        proof: that what trains moves and nothing else does.
+        recompute: the blocks that are computed again in the backward pass.
+        feed: the batches.
         total: steps of the whole run.
         step: steps that are done.
         tokens: LLM tokens seen.
+        best: the lowest evaluation loss.
         losses: the loss of each step.
+        factors: the part of the peak learning rate that each step took.
     """
 
     config: TrainConfig
-    samples: int
+    samples: int | None
     model: VisionLanguageModel
+    processor: VLMProcessor
+    eval_dataset: Samples | None
     module: nn.Module
     accelerator: Accelerator
     optimizer: Optimizer
     schedule: LambdaLR
-    guard: FreezeGuard
+    proof: Proof
+    recompute: Recompute | None
+    feed: Feed
     total: int
     step: int = 0
     tokens: int = 0
+    best: float | None = None
     losses: list[float] = field(default_factory=list)
+    factors: list[float] = field(default_factory=list)
 
-    def state(self) -> RunState:
-        """Collect what a resume needs; every process takes part."""
-        from accelerate.utils import gather_object
+    def took(self, result: StepResult) -> None:
+        """Count a step."""
+        self.factors.append(self.schedule.lr_lambdas[0](self.step))
+        self.schedule.step()
+        self.step += 1
+        self.tokens += result.tokens
+        self.losses.append(result.loss)
 
-        randoms: list[dict[str, Any]] = gather_object([random_state()])
-        return RunState(
-            step=self.step,
-            losses=list(self.losses),
-            tokens=self.tokens,
-            world=self.accelerator.num_processes,
-            samples=self.samples,
-            config=self.config.to_dict(),
-            weights=weights_to_save(self.model),
-            optimizer=self.optimizer.state_dict(),
-            schedule=self.schedule.state_dict(),
-            random=randoms,
-            frozen=dict(self.guard.frozen),
-        )
-
-    def save(self, processor: VLMProcessor) -> Path:
+    def save(self) -> Path:
         """Save a checkpoint on the first process and give its folder on all.
 
         Raises:
             VlmError: it cannot be written; raised on every process.
         """
-        from accelerate.utils import broadcast_object_list
-
-        state, output = self.state(), Path(self.config.output)
-        outcome: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            try:
-                outcome = [save_checkpoint(output, state, self.model, processor, keep=self.config.keep_checkpoints)]
-            except VlmError as error:
-                outcome = [error]
-        # All must stop when the first cannot write, or they would wait for it forever.
-        broadcast_object_list(outcome)
-        if isinstance(outcome[0], VlmError):
-            raise outcome[0]
-        folder: Path = outcome[0]
+        state = self._state()
+        with gathered(self.accelerator, self.module):
+            folder: Path = on_first(
+                self.accelerator,
+                lambda: save_checkpoint(
+                    Path(self.config.output), state, self.model, self.processor, keep=self.config.keep_checkpoints
+                ),
+            )
         return folder
+
+    def save_best(self, loss: float) -> None:
+        """Save the model where its evaluation loss is the lowest so far.
+
+        Raises:
+            VlmError: it cannot be written; raised on every process.
+        """
+        if self.best is not None and loss >= self.best:
+            return
+        self.best = loss
+        if self.config.keep_best:
+            self.save_model(Path(self.config.output) / BEST)
+
+    def save_model(self, folder: Path) -> None:
+        """Save model and processor on the first process.
+
+        Raises:
+            VlmError: it cannot be written; raised on every process.
+        """
+        with gathered(self.accelerator, self.module):
+            on_first(self.accelerator, partial(self._write_model, folder))
+
+    def eval_loss(self) -> float:
+        """Measure the loss on the evaluation data; every process takes its share.
+
+        Raises:
+            VlmError: a sample cannot be made, or nothing is supervised; raised on every process.
+        """
+        dataset, size, world = self.eval_dataset, self.config.batch_size, self.accelerator.num_processes
+        assert dataset is not None
+        loss, supervised = 0.0, 0
+        problem: VlmError | None = None
+        try:
+            loss, supervised = summed_loss(
+                self.model,
+                self.processor,
+                dataset,
+                list(range(self.accelerator.process_index, len(dataset), world)),
+                batch_size=size,
+                module=self.module,
+                # As many passes on each process, also where the last samples do not go round.
+                passes=math.ceil(math.ceil(len(dataset) / world) / size),
+                num_workers=self.config.num_workers,
+                on_bad=partial(self.feed.leave_out, step=self.step),
+            )
+        except VlmError as error:
+            # Told once the others, who wait for the sums, know of it.
+            problem = error
+        sums = torch.tensor([loss, float(supervised), float(problem is not None)], device=self.accelerator.device)
+        total, count, problems = self.accelerator.reduce(sums, reduction="sum").tolist()
+        if problem is not None:
+            raise problem
+        if problems:
+            raise VlmError("another process could not make its evaluation samples; its own message says why")
+        if not count:
+            raise VlmError("no token of the evaluation dataset is supervised; check the answers of its samples")
+        return float(total / count)
+
+    def skipped(self) -> int:
+        """Count the samples that all processes have left out."""
+        counted = torch.tensor(self.feed.skipped, device=self.accelerator.device)
+        return int(self.accelerator.reduce(counted, reduction="sum").item())
+
+    def close(self) -> None:
+        """Take all hooks and wrappers off the model."""
+        self.proof.close()
+        if self.recompute is not None:
+            self.recompute.remove()
 
     def due(self, every: int | None) -> bool:
         """Say whether something is to be done at this step; at the last one it always is."""
@@ -113,95 +182,47 @@ class Run:
 
     def entry(self, result: StepResult, elapsed: float, *, steps: int, tokens: int) -> LogEntry:
         """Make the log entry of a step; steps and tokens are those of the `elapsed` seconds."""
+        rates: dict[str, float] = {}
+        for group in self.optimizer.param_groups:
+            # Deeper blocks may have lower rates; what is told is the peak of the part.
+            name = f"lr_{group['part']}"
+            rates[name] = max(rates.get(name, 0.0), float(group["lr"]))
         return {
             "step": self.step,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
-            **{f"lr_{group['part']}": float(group["lr"]) for group in self.optimizer.param_groups},
+            **{f"grad_norm_{name}": norm for name, norm in result.grad_norms.items()},
+            **rates,
             "tokens": self.tokens,
             "tokens_per_second": tokens / elapsed,
+            "data_wait": self.feed.waited / elapsed,
+            "skipped": self.feed.skipped,
             "seconds_left": elapsed / steps * (self.total - self.step),
         }
 
+    def _state(self) -> RunState:
+        """Collect what a resume needs; every process takes part."""
+        from accelerate.utils import gather_object
 
-def start_run(model: VisionLanguageModel, config: TrainConfig, samples: int, state: RunState | None) -> Run:
-    """Set up a run at its beginning, or where a checkpoint left it.
-
-    Raises:
-        VlmError: nothing trains, or in float16; training is sharded; or the checkpoint is of another run.
-    """
-    from accelerate.utils import set_seed
-
-    _refuse_float16(model)
-    accelerator = _accelerator(config)
-    model.to(accelerator.device).train()
-    optimizer = build_optimizer(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
-    total = _total_steps(config, samples, accelerator.num_processes)
-    schedule = build_schedule(
-        optimizer, kind=config.schedule, total=total, warmup_ratio=config.warmup_ratio, floor=config.floor_ratio
-    )
-    set_seed(config.seed, device_specific=True)
-    if state is not None:
-        state.check_settings(config, accelerator.num_processes, samples)
-        restore_weights(model, state.weights)
-    guard = FreezeGuard(model)
-    autocast = torch.bfloat16 if config.mixed_precision == "bf16" else None
-    module = accelerator.prepare(SummedLoss(model, autocast))
-    run = Run(config, samples, model, module, accelerator, optimizer, schedule, guard, total)
-    if state is not None:
-        state.check_frozen(guard.frozen)
-        optimizer.load_state_dict(state.optimizer)
-        schedule.load_state_dict(state.schedule)
-        run.step, run.tokens, run.losses = state.step, state.tokens, list(state.losses)
-        restore_random_state(state.random[accelerator.process_index])
-    return run
-
-
-def _refuse_float16(model: VisionLanguageModel) -> None:
-    for part in PARTS:
-        if any(each.requires_grad and each.dtype == torch.float16 for _, each in model.part_parameters(part)):
-            raise VlmError(
-                f"the {part} would train in float16, in which AdamW divides by 0; "
-                "build it in float32 or bfloat16, or train adapters by stage-2-lora"
-            )
-
-
-def join_processes(*, cpu: bool) -> PartialState:
-    """Join the processes of this launch; one where nothing was launched.
-
-    Args:
-        cpu: train on the CPU even where an accelerator is present.
-
-    Raises:
-        VlmError: several were launched and each would train alone.
-    """
-    from accelerate import PartialState
-
-    state = PartialState(cpu=cpu)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1 and state.num_processes == 1:
-        raise VlmError(
-            f"{launched} processes were launched, but without an accelerator each would train alone; set cpu = true "
-            "in the settings or ACCELERATE_USE_CPU=1 in the environment"
+        randoms: list[dict[str, Any]] = gather_object([random_state()])
+        feeds: list[dict[str, Any]] = gather_object([self.feed.state()])
+        return RunState(
+            step=self.step,
+            losses=list(self.losses),
+            factors=list(self.factors),
+            tokens=self.tokens,
+            best=self.best,
+            world=self.accelerator.num_processes,
+            samples=self.samples,
+            config=self.config.to_dict(),
+            weights=full_weights(self.accelerator, self.module),
+            optimizer=full_optimizer_state(self.accelerator, self.module, self.optimizer),
+            feed=feeds,
+            random=randoms,
+            frozen=dict(self.proof.frozen),
         )
-    return state
 
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
-
-    join_processes(cpu=config.cpu)
-    # Some batches of one process reach no connector, and some encoders hold weights behind the feature layer.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(cpu=config.cpu, mixed_precision="no", kwargs_handlers=[unused])
-    kind = accelerator.distributed_type.value
-    if kind in _SHARDED:
-        raise VlmError(f"accelerate is set to {kind}, which shards the weights; launch with --multi_gpu instead")
-    return accelerator
-
-
-def _total_steps(config: TrainConfig, samples: int, world: int) -> int:
-    if config.steps is not None:
-        return config.steps
-    return math.ceil((config.epochs or 1) * samples / (config.batch_size * config.gradient_accumulation * world))
+    def _write_model(self, folder: Path) -> None:
+        with atomic_folder(folder) as inside:
+            self.model.save_pretrained(inside)
+            self.processor.save_pretrained(inside)
