@@ -1,7 +1,8 @@
 """Write the README's generated parts again: `python docs/update_readme.py`; the tests hold them to be current.
 
-`docs/demo-output.txt` and `docs/compare-output.txt` are what `vlm-encoders demo` and `compare` printed; benchmark
-results are quoted from `benchmarks/README.md`.
+`docs/demo-output.txt`, `docs/stages-output.txt` and `docs/compare-output.txt` are what `vlm-encoders demo`, `demo
+--stages` and `compare` printed; `python docs/update_readme.py --stages` trains the two stages again and draws
+`docs/stages.svg`. Benchmark results are quoted from `benchmarks/README.md`.
 Figures of connectors are measured from the connectors themselves. `python docs/update_readme.py --keys` adds new ones
 to `tests/data/connector_keys.json` too, the keys that checkpoints hold; those that stand there are left as they are.
 `python docs/update_readme.py --tiles` draws `docs/tiles.png`, over a page of scikit-learn's digits.
@@ -9,8 +10,10 @@ to `tests/data/connector_keys.json` too, the keys that checkpoints hold; those t
 
 import json
 import re
+import shutil
+import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from connectors.resize import RESIZE_MODES
 from vlm_encoders import encoder_spec, list_encoders, token_budget
 from vlm_encoders.budget import image_counts
 from vlm_encoders.cli.console import count
+from vlm_encoders.cli.info_stage import part_words, rates
 from vlm_encoders.cli.list import tiler_words
 from vlm_encoders.report.connector_card import ConnectorCard, connector_card
 from vlm_encoders.report.connector_examples import ENCODER, LLM_DIM, VIEW, connector_example
@@ -35,6 +39,7 @@ from vlm_encoders.report.tile_figure import draw_tiles
 from vlm_encoders.report.tile_words import TilePanel, short_prompt
 from vlm_encoders.report.tiler_card import IMAGE_SIZE, TilerCard, tiler_card
 from vlm_encoders.tiling import PRESETS, build_tiler
+from vlm_encoders.vlm.published import PUBLISHED
 
 IMAGE_SIZES = ((480, 640), (1080, 1920), (20000, 300))
 DRAWN = ("llava-next", "internvl", "idefics3", "llava-uhd", "s2", "qwen2-vl")
@@ -294,14 +299,59 @@ def benchmarks() -> str:
     return f"{tower.strip()}\n\n{training.strip()}"
 
 
+def two_stages() -> str:
+    """Quote what `vlm-encoders demo --stages` printed."""
+    text = (ROOT / "docs" / "stages-output.txt").read_text(encoding="utf-8").strip()
+    return f"```text\n{text}\n```"
+
+
+def train_both_stages() -> None:
+    """Train the embedded Stage 1 and Stage 2 again, and keep what the command printed and drew."""
+    command = [sys.executable, "-m", "vlm_encoders", "demo", "--stages"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)  # noqa: S603 - our own
+    (ROOT / "docs" / "stages-output.txt").write_text(f"$ vlm-encoders demo --stages\n{done.stdout}", encoding="utf-8")
+    shutil.copyfile(ROOT / "runs" / "demo" / "stages.svg", ROOT / "docs" / "stages.svg")
+
+
+def stages() -> str:
+    """Write one row a stage: what it trains, at which rates, and where that stands."""
+    lines = ["| stage | encoder | connector | LLM | learning rates | source |", "|---|---|---|---|---|---|"]
+    for stage in PUBLISHED.values():
+        cells = (f"`{stage.name}`", *part_words(stage.policy), rates(stage.policy), _linked(stage.source))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def training_page(page: str) -> str:
+    """Give the page on training with its table of stages as it should be."""
+    return _with(page, stages)
+
+
 def updated(readme: str) -> str:
     """Give the README with its generated parts as they should be."""
-    for part in (encoders, demo, benchmarks, conformance, connectors, compare, tilers):
-        name = part.__name__
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        head, rest = readme.split(begin)
-        readme = f"{head}{begin}\n{part()}\n{end}{rest.split(end)[1]}"
+    for part in (encoders, demo, benchmarks, conformance, connectors, compare, tilers, two_stages):
+        readme = _with(readme, part)
     return readme
+
+
+def _with(page: str, part: Callable[[], str]) -> str:
+    name = part.__name__
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    head, rest = page.split(begin)
+    return f"{head}{begin}\n{part()}\n{end}{rest.split(end)[1]}"
+
+
+def _linked(source: str) -> str:
+    """Shorten what a source says to links: a paper by its number, code by its file."""
+    words = []
+    for each in source.split("; "):
+        place, _, rest = each.partition(" (")
+        if place.startswith("arXiv "):
+            number, _, section = place.removeprefix("arXiv ").partition(", ")
+            words.append(f"[{number}](https://arxiv.org/abs/{number}){', ' + section if section else ''}")
+        else:
+            words.append(f"[{place.rpartition('/')[2]}]({place}){' (' + rest if rest else ''}")
+    return "; ".join(words)
 
 
 def _words(known: Iterable[str]) -> str:
@@ -394,7 +444,11 @@ if __name__ == "__main__":
         # A shape stays on its line.
         text = re.sub(r"\[\s+([\d,\s]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
         keys.write_text(f"{text}\n", encoding="utf-8")
+    if "--stages" in sys.argv:
+        train_both_stages()
     if "--tiles" in sys.argv:
         draw_tiles_picture()
+    path = ROOT / "docs" / "training.md"
+    path.write_text(training_page(path.read_text(encoding="utf-8")), encoding="utf-8")
     path = ROOT / "README.md"
     path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -13,7 +13,7 @@ from vlm_encoders.cli.main import app
 from vlm_encoders.compare import Compared, compare_connectors, pooling_control
 from vlm_encoders.tiny import write_dataset
 from vlm_encoders.tiny.stage1 import build_tiny, tiny_run
-from vlm_encoders.training.data import ConversationDataset
+from vlm_encoders.training.feeding.data import ConversationDataset
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (24, 24), (6, 9), (1, 7), (27, 27)])

@@ -35,7 +35,7 @@ def run(*arguments: str) -> str:
 
 def test_the_demo_reaches_its_goal_without_a_network(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(NO_NETWORK)
-    command = [sys.executable, "-m", "vlm_encoders", "demo", "--output", str(tmp_path / "demo")]
+    command = [sys.executable, "-m", "vlm_encoders", "demo", "--steps", "250", "--output", str(tmp_path / "demo")]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=1200)
     assert done.returncode == 0, done.stderr

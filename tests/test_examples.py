@@ -19,8 +19,8 @@ def run(*command: str, path: str = "") -> str:
     return done.stdout
 
 
-def test_there_are_eight_short_examples() -> None:
-    assert [script.name[:2] for script in SCRIPTS] == ["01", "02", "03", "04", "05", "06", "07", "08"]
+def test_there_are_nine_short_examples() -> None:
+    assert [script.name[:2] for script in SCRIPTS] == ["01", "02", "03", "04", "05", "06", "07", "08", "09"]
     for script in SCRIPTS:
         assert len(script.read_text().splitlines()) < 60, script.name
 
@@ -36,11 +36,12 @@ def test_there_are_eight_short_examples() -> None:
         ("06", [], "encoded: tokens (1, 256, 256), grid (16, 16); 8 blocks in all"),
         ("07", [], "written back under the same names, with the same values: True"),
         ("08", [], "9 pictures of 448x448 px"),
+        ("09", ["--steps", "2"], "last 1 block"),
     ],
 )
 def test_example_runs(number: str, arguments: list[str], shown: str, tmp_path: Path) -> None:
     (script,) = EXAMPLES.glob(f"{number}_*.py")
-    if number == "04":
+    if number in {"04", "09"}:
         arguments = [*arguments, "--output", str(tmp_path / "run")]
     assert shown in run(sys.executable, str(script), *arguments)
 

@@ -1,5 +1,6 @@
 """The README tells the truth: its tables are current and its Python runs."""
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -12,6 +13,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+
+from vlm_encoders import PartPolicy, TrainConfig
+from vlm_encoders.training.policy_file import stage_policy
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,10 +37,33 @@ def test_generated_parts_are_current(generator: ModuleType) -> None:
     assert generator.updated(README) == README, "run python docs/update_readme.py"
     page = (ROOT / "docs" / "encoders.md").read_text(encoding="utf-8")
     assert generator.all_encoders() == page, "run python docs/update_readme.py"
+    training = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert generator.training_page(training) == training, "run python docs/update_readme.py"
 
 
 def test_there_are_snippets() -> None:
     assert len(SNIPPETS) == 7
+
+
+def test_the_policy_on_the_page_of_training_is_one(tmp_path: Path) -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(snippet.replace("StagePolicy(\n", "policy = StagePolicy(\n", 1), names)  # noqa: S102
+    policies = names["policy"].policies("encoder")  # type: ignore[attr-defined]
+    assert [policy.words() for policy in policies] == ["frozen", "last 50% of the blocks, layer decay 0.9"]
+    (table,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
+    (tmp_path / "mine.toml").write_text(table)
+    from_file = stage_policy(str(tmp_path / "mine.toml"))
+    assert dataclasses.replace(from_file, name="mine") == names["policy"]
+
+
+def test_settings_named_on_the_page_of_training_exist() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    named = set(re.findall(r"`(\w+) = ", text)) | set(re.findall(r"`(\w+)=[\w\"]", text))
+    policy = {field.name for field in dataclasses.fields(PartPolicy)}
+    assert named <= known | policy, named - known - policy
+    assert {"pack_tokens", "token_cache", "mixed_precision", "on_bad_sample"} <= named
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
@@ -59,8 +86,8 @@ def test_snippet_runs(snippet: str, tmp_path: Path) -> None:
 
 
 def test_every_command_of_the_readme_exists() -> None:
-    known = {"demo", "list", "info", "encode", "budget", "compare", "tiles", "train", "generate"}
-    commands = set(re.findall(r"^vlm-encoders ([a-z]+)", README, re.MULTILINE))
+    known = {"demo", "list", "info", "encode", "budget", "compare", "tiles", "check-data", "train", "generate"}
+    commands = set(re.findall(r"^vlm-encoders ([a-z-]+)", README, re.MULTILINE))
     assert commands <= known
     assert known - {"demo"} <= commands
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
         plan_tiles,
     )
     from vlm_encoders.training.config import TrainConfig
-    from vlm_encoders.training.data import ConversationDataset
     from vlm_encoders.training.evaluate import exact_match
+    from vlm_encoders.training.feeding.data import ConversationDataset
     from vlm_encoders.training.trainer import Trainer
     from vlm_encoders.vlm.answer import answer
     from vlm_encoders.vlm.build import build_model, load_llm
@@ -104,7 +104,7 @@ _HOME = {
         "plan_tiles",
     ),
     "training.config": ("TrainConfig",),
-    "training.data": ("ConversationDataset",),
+    "training.feeding.data": ("ConversationDataset",),
     "training.evaluate": ("exact_match",),
     "training.trainer": ("Trainer",),
     "vlm.answer": ("answer",),
