@@ -14,7 +14,6 @@ from connectors.errors import VlmError
 from vlm_encoders.encoder import Encoder
 from vlm_encoders.tiling.layout import TileLayout
 from vlm_encoders.training.optim import build_optimizer
-from vlm_encoders.training.proving.gradients import nonfinite_gradient
 from vlm_encoders.training.proving.proof import PROOF_STEPS, Proof, ProofError
 from vlm_encoders.vlm.fingerprint import joined_hash, module_hash, tensor_hashes
 from vlm_encoders.vlm.model import VisionLanguageModel
@@ -213,7 +212,6 @@ def test_a_gradient_that_is_not_finite_is_named_first_of_all(model: VisionLangua
         ProofError, match=rf"at step 1 the gradient of 'connector.{name}' .* not finite.*lower learning"
     ):
         run(model, 1)
-    assert nonfinite_gradient(model) == f"connector.{name}"
 
 
 def test_what_the_encoder_gave_is_named_where_it_was_not_finite(model: VisionLanguageModel) -> None:

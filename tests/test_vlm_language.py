@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from vlm_encoders.testing import LLM_FAMILIES, tiny_llm
-from vlm_encoders.vlm import language
+from vlm_encoders.vlm import language, last_layer
 from vlm_encoders.vlm.decoder import decoder_layers
 from vlm_encoders.vlm.language import predict
 from vlm_encoders.vlm.text_packing import rounding
@@ -162,6 +162,19 @@ def test_the_layer_is_as_it_was_after_a_failed_forward() -> None:
     assert "forward" not in layer.__dict__
     assert not layer.self_attn.q_proj._forward_hooks
     assert not layer.self_attn.q_proj._forward_pre_hooks
+    check(llm, batch, seen=SUPERVISED)
+
+
+def test_memory_that_runs_out_says_nothing_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, batch = tiny_llm(), make_batch()
+
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(last_layer._PrunedForward, "_at_places", run_out)
+        with pytest.raises(torch.OutOfMemoryError):
+            predict(llm, *batch.values())
     check(llm, batch, seen=SUPERVISED)
 
 

@@ -167,6 +167,9 @@ class _PrunedForward:
                 made, wanted = self._at_places(args, kwargs), self.whole(*args, **kwargs)
             made, wanted = (each if isinstance(each, Tensor) else each[0] for each in (made, wanted))
             wanted = self.places.take(wanted)
+        except torch.OutOfMemoryError:
+            # A RuntimeError that says nothing of the layer.
+            raise
         except (IndexError, RuntimeError, TypeError, ValueError, VlmError):
             return False
         finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,7 @@ from torch.optim import Optimizer
 
 from vlm_encoders.training.processes.sharding import local
 
-if TYPE_CHECKING:
-    from vlm_encoders.vlm.model import VisionLanguageModel
-
-__all__ = ["Gradient", "GradientRecord", "nonfinite_gradient"]
+__all__ = ["Gradient", "GradientRecord"]
 
 Gradient: TypeAlias = Callable[[nn.Parameter], Tensor | None]
 """Gives the gradient of a parameter, or what of it this process holds."""
@@ -72,12 +69,6 @@ class GradientRecord:
     def not_finite(self) -> list[str]:
         """Name the tensors whose gradient was not finite."""
         return [name for name, value in self.greatest.items() if math.isinf(value)]
-
-
-def nonfinite_gradient(model: VisionLanguageModel) -> str | None:
-    """Name the first parameter whose gradient is not finite; None where all are."""
-    named = model.named_parameters()
-    return next((name for name, each in named if math.isinf(float(_greatest(each.grad)))), None)
 
 
 def _greatest(gradient: Tensor | None) -> float | Tensor:
